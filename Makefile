@@ -1,0 +1,35 @@
+# One command a task; every target sets up .venv first, and a set-up that is done does nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test check chaos bench clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "Python's venv module is missing: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: setup
+	@$(BIN)/emoray quickstart
+
+test: setup
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+chaos: setup
+	@$(BIN)/python -m benchmarks.chaos
+
+bench: setup
+	@$(BIN)/python -m benchmarks.step
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,145 @@
+"""The one checkpoint layout: a Hugging Face folder, what a run needs to go on, and sha256 sums written last.
+
+step-00000250/
+  config.json model.safetensors tokenizer.json ...   what transformers loads
+  emoray.json                                        resolved config, labels, metrics, temperature, data, versions
+  training/optimizer.safetensors progress.json       absent from best/
+  manifest.json                                      size and sha256 of every other file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from emoray.errors import CheckpointError, StorageError
+from emoray.storage import Storage
+
+MANIFEST = "manifest.json"
+FACTS = "emoray.json"
+FOLDER = "checkpoints"
+
+
+def name_of(step: int) -> str:
+    """Folder of a step's checkpoint below the run's folder."""
+    return f"{FOLDER}/step-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    return int(name.rsplit("-", 1)[-1])
+
+
+def write(run: Storage, name: str, fill: Callable[[Path], None], may_write: Callable[[], None]) -> None:
+    """Write a folder beside its place, sum it up and move it into place.
+
+    Args:
+        run: the run's folder.
+        name: where the folder goes below it.
+        fill: puts the files into the folder that it is given.
+        may_write: raises where this attempt has lost the right to write; asked at the last moment.
+
+    Raises:
+        StorageError: disk full and the like; nothing is left behind.
+    """
+    with run.staging() as stage:
+        try:
+            fill(stage)
+            (stage / MANIFEST).write_text(json.dumps({"files": sums(stage)}, indent=1, sort_keys=True))
+        except OSError as error:
+            raise StorageError(f"{run.location}/{name}: can't be written: {error}") from error
+        may_write()
+        run.publish(stage, name, last=MANIFEST)
+
+
+def sums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every file below a folder but the manifest."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest.
+
+    Returns:
+        The manifest's entries.
+
+    Raises:
+        CheckpointError: names the first file that is missing, too short, changed or not listed.
+    """
+    try:
+        listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is no checkpoint or was not finished") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder}/{MANIFEST}: is damaged: not readable as JSON with the files' sums") from None
+    for name, expected in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is missing, but {MANIFEST} lists it")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, but {MANIFEST} says {expected['bytes']}")
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: its sha256 differs from the one in {MANIFEST}: the file is damaged")
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    for name in sorted(present - listed.keys()):
+        raise CheckpointError(f"{folder / name}: is not listed in {MANIFEST}: remove it")
+    return listed
+
+
+def fetch(storage: Storage, name: str = "") -> Path:
+    """A verified local copy of a checkpoint; the folder itself where the storage is local.
+
+    Raises:
+        CheckpointError: where it is damaged or no checkpoint.
+    """
+    source = storage / name if name else storage
+    if source.local_path is not None:
+        folder = source.local_path
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="emoray-checkpoint-"))
+        source.download(folder)
+    verify(folder)
+    return folder
+
+
+def newest_good(run: Storage) -> tuple[Path | None, list[str]]:
+    """The last checkpoint whose sums match, and what was wrong with those after it.
+
+    Returns:
+        A local folder (None where there is no good one) and one sentence a damaged checkpoint.
+    """
+    damaged: list[str] = []
+    for folder in sorted(steps(run), reverse=True):
+        try:
+            return fetch(run, name_of(folder)), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def steps(run: Storage) -> list[int]:
+    """Steps that have a checkpoint folder, ascending, good or not."""
+    return sorted(step_of(name) for name in run.names(FOLDER) if name.startswith("step-"))
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What emoray.json says of a model: config, labels, metrics, temperature, data, versions."""
+    try:
+        content: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: has no {FACTS}: it is no model that emoray trained") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/{FACTS}: is not valid JSON: {error}") from None
+    return content

@@ -1,0 +1,389 @@
+"""Config files as frozen, checked sections: defaults < YAML file < dotted overrides.
+
+`load("configs/emotion.yaml", ["training.learning_rate=3e-5"])` gives a whole config or raises one
+ConfigError that lists every problem with its dotted path, the value, the rule and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from emoray.errors import ConfigError
+
+
+def _refuse_bool(value: object) -> object:
+    """YAML's `yes` and `true` would pass as the number 1 otherwise."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Number = BeforeValidator(_refuse_bool)
+PositiveInt = Annotated[int, Number, Field(ge=1)]
+Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of a config that refuses keys it doesn't know."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "emotion"
+    """The run's folder name: letters, digits, dot, dash and underscore. The same name continues the run."""
+    storage_path: Annotated[str, Field(min_length=1)] = "runs"
+    """Where runs are kept: a path or a URI that pyarrow can write (s3://, gs://, NFS)."""
+    on_existing: Literal["resume", "fail", "replace"] = "resume"
+    """What to do when the run's folder exists: continue it, refuse, or delete it and start anew."""
+
+
+class ModelConfig(Section):
+    pretrained: Annotated[str, Field(min_length=1)] = "bert-base-multilingual-cased"
+    """Hub id of an encoder, or a folder with its config, tokenizer and weights."""
+    max_length: Annotated[int, Number, Field(ge=4, le=8192)] = 128
+    """Longest text in tokens, special tokens included; longer texts are cut."""
+    from_scratch: bool = False
+    """Random weights drawn from the seed instead of pretrained ones; only config and tokenizer are read."""
+    freeze_embeddings: bool = False
+    """Leave the embedding tables as they are."""
+    dropout: Fraction | None = None
+    """Dropout probability everywhere in the encoder and its head; null keeps the encoder's own."""
+
+
+class DataConfig(Section):
+    dataset: Annotated[str, Field(min_length=1)] = "dair-ai/emotion"
+    """Hub id; file or folder of jsonl, csv, tsv or parquet; or `quickstart`, the data in the package."""
+    text_column: Annotated[str, Field(min_length=1)] = "text"
+    """Column that holds the text."""
+    label_column: Annotated[str, Field(min_length=1)] = "label"
+    """Column that holds the label's name or id."""
+    labels: tuple[str, ...] | None = None
+    """The label names in order of their ids; null takes them from the data."""
+    validation_fraction: Annotated[float, Number, Field(gt=0, lt=0.5)] = 0.1
+    """Share cut out of train, stratified and always the same rows, where a split is missing."""
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> DataConfig:
+        if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError("labels must hold at least two names, each once")
+        return self
+
+
+class TrainingConfig(Section):
+    seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 42
+    """Fixes the order of samples, dropout and new weights."""
+    num_epochs: PositiveInt = 2
+    """Passes over the training split."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps, whatever the number of epochs; the schedule ends there too."""
+    learning_rate: Annotated[float, Number, Field(gt=0, le=1)] = 2.0e-5
+    """Peak learning rate."""
+    train_batch_size: PositiveInt = 64
+    """Texts a step, per worker."""
+    eval_batch_size: PositiveInt = 64
+    """Texts an evaluation batch, per worker."""
+    global_batch_size: PositiveInt | None = None
+    """Texts a step over all workers; set, it replaces train_batch_size and keeps the recipe at any size."""
+    micro_batch_tokens: Annotated[int, Number, Field(ge=128)] = 16384
+    """A worker's share of a batch is computed in pieces of at most so many tokens; gradients add up."""
+    adam_beta1: Fraction = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: Annotated[float, Number, Field(gt=0)] = 1.0e-8
+    """Adam's epsilon."""
+    weight_decay: Annotated[float, Number, Field(ge=0, lt=1)] = 0.0
+    """Decoupled weight decay (AdamW), not on biases and norms; 0 is plain Adam."""
+    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate after warm-up, by the names of transformers."""
+    warmup_ratio: Fraction = 0.0
+    """Share of all steps over which the learning rate rises from 0."""
+    max_grad_norm: Annotated[float, Number, Field(ge=0)] = 1.0
+    """Clip the gradient's global L2 norm; 0 switches clipping off."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each label by rows / (labels * rows with that label), as scikit-learn does."""
+    label_smoothing: Fraction = 0.0
+    """Share of a label's probability that is spread over all labels."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 autocast on GPUs that have it, else fp32."""
+    metric_for_best_model: Literal["f1", "macro_f1", "accuracy", "loss"] = "f1"
+    """Validation metric that picks best/ (loss: the lowest; the others: the highest)."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a better metric; null never stops early."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Texts end to end in one row, without padding; `auto` where the encoder allows it."""
+    compact_vocabulary: Literal["auto", "on", "off"] = "auto"
+    """Train only the embedding rows that the data uses; `auto` where the result is exactly the same."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """Send gradients between workers in bf16: half the bytes, rounded sums."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """A checkpoint every so many steps, beside the one at each epoch's end."""
+    checkpoint_every_minutes: Annotated[float, Number, Field(gt=0)] | None = 10.0
+    """A checkpoint after so many minutes without one; null switches it off."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay; the best one stays always."""
+    logging_steps: PositiveInt = 10
+    """Losses are read back from the device, and written to history.jsonl, every so many steps."""
+
+
+class WorkersConfig(Section):
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Number of training workers, or [min, max]: elastic between them."""
+    use_gpu: Literal["auto"] | bool = "auto"
+    """One GPU a worker; `auto` where the cluster has GPUs."""
+    cpus_per_worker: PositiveInt | None = None
+    """CPUs, and threads, of a worker; null is an even share of the machine."""
+    max_failures: Annotated[int, Number, Field(ge=0)] = 3
+    """How often a run that failed is taken up again from its last checkpoint."""
+    wait_for_nodes_s: Annotated[float, Number, Field(ge=0)] = 0.0
+    """How long an autoscaler may take to bring the nodes that are missing, in seconds; 0 where nodes don't come."""
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        return self.min_workers < self.max_workers
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> WorkersConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers must be [min, max] with min <= max, not {list(self.num_workers)}")  # type: ignore[arg-type]
+        return self
+
+
+# Keys that change where, how fast or how often, but never which weights come out.
+_NOT_THE_RECIPE = (
+    "run.",
+    "workers.",
+    "training.eval_batch_size",
+    "training.compact_vocabulary",
+    "training.checkpoint_",
+    "training.keep_checkpoints",
+    "training.logging_steps",
+)
+
+
+class TrainConfig(Section):
+    """A whole training run: `configs/emotion.yaml`."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    workers: WorkersConfig = WorkersConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> TrainConfig:
+        size, workers = self.training.global_batch_size, self.workers
+        if workers.elastic and size is None:
+            raise ValueError(
+                f"workers.num_workers is {list(workers.num_workers)}: "  # type: ignore[arg-type]
+                "an elastic run needs training.global_batch_size, so that each step means the same at any size"
+            )
+        if size is not None and size < workers.max_workers:
+            raise ValueError(
+                f"training.global_batch_size is {size}, less than one text for each of "
+                f"{workers.max_workers} workers: raise it or lower workers.num_workers"
+            )
+        if self.training.compact_vocabulary == "on" and self.training.weight_decay > 0:
+            raise ValueError(
+                "training.compact_vocabulary is on, but training.weight_decay also shrinks unused rows: "
+                "set compact_vocabulary to auto or weight_decay to 0"
+            )
+        return self
+
+    def batch_size(self, num_workers: int) -> int:
+        """Texts a step over all workers."""
+        return self.training.global_batch_size or self.training.train_batch_size * num_workers
+
+    def recipe(self) -> dict[str, Any]:
+        """The dotted keys that decide which weights come out, with their values."""
+        keys = {k: v for k, v in flatten(self.model_dump(mode="json")).items() if not k.startswith(_NOT_THE_RECIPE)}
+        if self.training.global_batch_size is None:
+            keys["workers.num_workers"] = self.workers.max_workers
+        else:
+            del keys["training.train_batch_size"]
+        return keys
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
+    """A training config: defaults < YAML file < `key.path=value` overrides.
+
+    Args:
+        path: the YAML file; None starts from the defaults.
+        overrides: later ones win; values are YAML, so `3e-5`, `null`, `[1, 4]` mean what they do in the file.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    return load_as(TrainConfig, path, overrides)
+
+
+def load_as(schema: type[C], path: str | Path | None, overrides: Iterable[str] = ()) -> C:
+    """As `load`, for any kind of config."""
+    tree = _read_yaml(path) if path is not None else {}
+    problems: list[str] = []
+    for override in overrides:
+        problem = _apply(tree, override)
+        if problem:
+            problems.append(problem)
+    return _validate(tree, schema, str(path) if path is not None else "config", problems)
+
+
+def parse(tree: Mapping[str, Any], subject: str = "config") -> TrainConfig:
+    """Check a config that is already a tree of dicts, e.g. one stored with a checkpoint."""
+    return _validate(dict(tree), TrainConfig, subject, [])
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest known name, else an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = sorted(p.name for p in Path(path).parent.glob("*.y*ml")) if Path(path).parent.is_dir() else []
+        raise ConfigError(str(path), [f"no such file{nearest(Path(path).name, beside)}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"can't be read as UTF-8 text: {error}"]) from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(str(path), [f"holds a {type(tree).__name__}, but must hold sections such as 'training:'"])
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> str | None:
+    """Set one dotted key in the tree; returns the problem, if any."""
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        return f"'{override}' is not an override: write section.key=value, e.g. training.learning_rate=3e-5"
+    *parents, leaf = key.strip().split(".")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return f"{key}: the value '{value}' is not valid YAML: quote it"
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if child is None:
+            child = tree[parent] = {}
+        if not isinstance(child, dict):
+            return f"{key}: '{parent}' holds {child!r}, not a section"
+        tree = child
+    tree[leaf] = parsed
+    return None
+
+
+def _validate(tree: dict[str, Any], schema: type[C], subject: str, problems: list[str]) -> C:
+    # An empty section in YAML is null; it means the defaults.
+    tree = {k: ({} if v is None and _is_section(schema, k) else v) for k, v in tree.items()}
+    try:
+        config = schema.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(subject, problems + _sentences(error, schema)) from None
+    if problems:
+        raise ConfigError(subject, problems)
+    return config
+
+
+def _is_section(schema: type[BaseModel], key: str) -> bool:
+    field = schema.model_fields.get(key)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _sentences(error: ValidationError, schema: type[BaseModel]) -> list[str]:
+    """Pydantic's findings as sentences, one a dotted key (alternatives of a union are joined)."""
+    found: dict[str, list[str]] = {}
+    for item in error.errors():
+        path, owner = _locate(item["loc"], schema)
+        if item["type"] == "extra_forbidden":
+            kind = "section" if owner is schema else "key"
+            sentence = f"unknown {kind}{_suggest(path, owner, schema)}"
+        elif not path:
+            sentence = str(item["msg"]).removeprefix("Value error, ")
+        else:
+            rule = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+            sentence = f"is {item['input']!r}, but {rule}" if not isinstance(item["input"], (dict, Section)) else rule
+        found.setdefault(path, [])
+        if sentence not in found[path]:
+            found[path].append(sentence)
+    return [f"{path}: {_join(sentences)}" if path else _join(sentences) for path, sentences in found.items()]
+
+
+def _join(sentences: Sequence[str]) -> str:
+    first, *rest = sentences
+    return first + "".join(f", or {sentence.split(', but ')[-1]}" for sentence in rest)
+
+
+def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, type[BaseModel]]:
+    """Dotted path of a pydantic location and the section it is in, without the names of union branches."""
+    owner, path = schema, []
+    for part in loc:
+        path.append(str(part))
+        field = owner.model_fields.get(str(part))
+        if field is None:
+            break
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            owner = field.annotation
+            continue
+        break
+    return ".".join(path), owner
+
+
+def _suggest(path: str, owner: type[BaseModel], schema: type[BaseModel]) -> str:
+    """The nearest key in the same section, else the section that has a key of this very name."""
+    name = path.rsplit(".", 1)[-1]
+    for section, field in schema.model_fields.items():
+        other = field.annotation
+        if (
+            isinstance(other, type)
+            and issubclass(other, BaseModel)
+            and other is not owner
+            and name in other.model_fields
+        ):
+            return f" (did you mean '{section}.{name}'?)"
+    return nearest(name, owner.model_fields)

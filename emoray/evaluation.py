@@ -1,0 +1,265 @@
+"""A model's raw outputs on one split, and every figure that follows from them.
+
+`Scored` holds what the model said; nothing is computed twice or stored rounded. `results` is the content of
+results.json, `results_table` that of results.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from emoray import data, metrics
+from emoray.config import parse
+from emoray.data_files import SPLITS
+from emoray.errors import DataError
+from emoray.metrics import Array, LabelScore, Reliability
+
+if TYPE_CHECKING:
+    from emoray.classifier import Classifier
+
+TABLE_HEADER = "| Epoch | Step | Validation Loss | Accuracy | F1 |"
+_EPOCH_KEYS = ("epoch", "step", "validation_loss", "accuracy", "f1")
+_TEST_NAMES = {"accuracy": "accuracy", "f1": "F1", "macro_f1": "macro F1", "loss": "loss", "ece": "ECE"}
+
+
+class SliceScore(TypedDict):
+    """Figures of the rows that share something: a label, a length, a language."""
+
+    name: str
+    rows: int
+    accuracy: float
+    interval: tuple[float, float]  # of the accuracy, 95%
+    f1: float
+    confidence: float
+
+
+class WrongRow(TypedDict):
+    """A row that the model gets wrong: its place in the split, and how sure the model was."""
+
+    row: int
+    text: str
+    true: str
+    predicted: str
+    probability: float
+    true_probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Logits of a model on one split, beside the truth.
+
+    Args:
+        split: its name, e.g. "validation".
+        labels: label names in the order of their ids, L of them.
+        texts: n texts.
+        targets: int64 [n], the true ids.
+        logits: float32 [n, L], before temperature.
+        tokens: int32 [n], real tokens of each text as the model saw it, special tokens included.
+        truncated: bool [n], whether the text was cut at the model's maximum length.
+        temperature: divides the logits wherever probabilities are shown.
+
+    Raises:
+        ValueError: lengths that differ, no rows, or ids outside the labels.
+        NotFiniteError: a logit is NaN or infinite.
+    """
+
+    split: str
+    labels: tuple[str, ...]
+    texts: list[str] = field(repr=False)
+    targets: Array = field(repr=False)
+    logits: Array = field(repr=False)
+    tokens: Array = field(repr=False)
+    truncated: Array = field(repr=False)
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        metrics.check(self.logits, self.targets)
+        if self.logits.shape[1] != len(self.labels):
+            raise ValueError(f"{self.split}: {len(self.labels)} labels for logits of {self.logits.shape[1]}")
+        for name in ("texts", "tokens", "truncated"):
+            size = len(getattr(self, name))
+            if size != len(self.targets):
+                raise ValueError(f"{self.split}: {size} {name} for {len(self.targets)} targets")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def probabilities(self) -> Array:
+        """float64 [n, L], at the temperature."""
+        return metrics.softmax(self.logits, self.temperature)
+
+    @cached_property
+    def predicted(self) -> Array:
+        """int64 [n], the ids of the highest logits."""
+        return np.asarray(self.logits.argmax(1), dtype=np.int64)
+
+    def metrics(self) -> dict[str, float]:
+        """loss, accuracy, f1, macro_f1, ece and brier as in metrics.compute, and the number of rows."""
+        return {**metrics.compute(self.logits, self.targets, self.temperature), "rows": len(self)}
+
+    def per_label(self) -> list[LabelScore]:
+        """Precision, recall, F1 and support of each label."""
+        return metrics.per_label(self.logits, self.targets, self.labels)
+
+    def confusion(self) -> Array:
+        """int64 [L, L]: row = true label, column = predicted label."""
+        return metrics.confusion(self.logits, self.targets)
+
+    def intervals(self, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """95% bootstrap intervals of accuracy, f1, macro_f1 and loss."""
+        return metrics.bootstrap_intervals(self.logits, self.targets, resamples, seed=seed)
+
+    def reliability(self, calibrated: bool = True) -> Reliability:
+        """Confidence against accuracy, at the temperature or at 1."""
+        return metrics.reliability(metrics.softmax(self.logits, self._temperature(calibrated)), self.targets)
+
+    def ece(self, calibrated: bool = True) -> float:
+        """Expected calibration error, at the temperature or at 1."""
+        probabilities = metrics.softmax(self.logits, self._temperature(calibrated))
+        return metrics.expected_calibration_error(probabilities, self.targets)
+
+    def brier(self, calibrated: bool = True) -> float:
+        """Brier score, at the temperature or at 1."""
+        probabilities = metrics.softmax(self.logits, self._temperature(calibrated))
+        return float(metrics.row_briers(probabilities, self.targets).mean())
+
+    def by_label(self) -> list[SliceScore]:
+        """Slices by true label; a label without rows has no line."""
+        return self.slices([(label, self.targets == i) for i, label in enumerate(self.labels)])
+
+    def by_length(self, parts: int = 4) -> list[SliceScore]:
+        """Slices by tokens, of about equal size; texts of one length are never torn apart."""
+        edges = np.unique(np.quantile(self.tokens, np.linspace(0, 1, parts + 1)[1:], method="higher"))
+        groups, low = [], int(self.tokens.min())
+        for high in edges.astype(int):
+            name = f"{low}–{high}" if low < high else f"{high}"
+            groups.append((name, (self.tokens >= low) & (self.tokens <= high)))
+            low = high + 1
+        return self.slices(groups)
+
+    def by_confidence(self, thresholds: Sequence[float] = (0.0, 0.5, 0.7, 0.9, 0.95, 0.99)) -> list[SliceScore]:
+        """What is left, and how right, if only answers at least so sure are taken; the slices overlap."""
+        sure = self.probabilities.max(1)
+        return self.slices([(f"≥ {least:g}" if least else "any", sure >= least) for least in thresholds])
+
+    def slices(self, groups: Sequence[tuple[str, Array]]) -> list[SliceScore]:
+        """Figures of each named group of rows, given as bool [n]; empty groups are left out."""
+        found = []
+        for name, rows in groups:
+            if rows.any():
+                figures = metrics.compute(self.logits[rows], self.targets[rows])
+                found.append(
+                    SliceScore(
+                        name=name,
+                        rows=int(rows.sum()),
+                        accuracy=figures["accuracy"],
+                        interval=metrics.wilson_interval(figures["accuracy"], int(rows.sum())),
+                        f1=figures["f1"],
+                        confidence=float(self.probabilities[rows].max(1).mean()),
+                    )
+                )
+        return found
+
+    def worst(self, count: int = 20) -> list[WrongRow]:
+        """The wrong rows that the model is surest about, surest first."""
+        sure = self.probabilities.max(1)
+        wrong = np.flatnonzero(self.predicted != self.targets)
+        order = wrong[np.lexsort((wrong, -sure[wrong]))][:count]
+        return [
+            WrongRow(
+                row=int(i),
+                text=self.texts[i],
+                true=self.labels[self.targets[i]],
+                predicted=self.labels[self.predicted[i]],
+                probability=float(sure[i]),
+                true_probability=float(self.probabilities[i, self.targets[i]]),
+            )
+            for i in order
+        ]
+
+    def _temperature(self, calibrated: bool) -> float:
+        return self.temperature if calibrated else 1.0
+
+
+def results(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], test: Scored | None) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        epochs: one entry an evaluation on validation: epoch, step, validation_loss, accuracy, f1, and what
+            else was measured.
+        best: the entry that best/ was taken from.
+        test: the best checkpoint on the test split; None where the data has none.
+
+    Raises:
+        ValueError: an entry lacks one of the five keys.
+    """
+    return {
+        "epochs": [_entry(epoch) for epoch in epochs],
+        "best": _entry(best),
+        "test": None if test is None else {**test.metrics(), "temperature": float(test.temperature)},
+    }
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """results.md: the epochs as a Markdown table, four decimals, and a line about the test split, if any."""
+    lines = [TABLE_HEADER, "|---:|---:|---:|---:|---:|"]
+    for entry in results["epochs"]:
+        figures = " | ".join(f"{entry[key]:.4f}" for key in _EPOCH_KEYS[2:])
+        lines.append(f"| {entry['epoch']:g} | {entry['step']} | {figures} |")
+    test = results.get("test")
+    if test:
+        figures = ", ".join(f"{name} {test[key]:.4f}" for key, name in _TEST_NAMES.items() if key in test)
+        rows = f" ({test['rows']:,} rows)" if "rows" in test else ""
+        lines += ["", f"Test{rows}: {figures}"]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The design's keys first, in their order, then whatever else was measured."""
+    missing = [key for key in _EPOCH_KEYS if key not in given]
+    if missing:
+        raise ValueError(f"a results entry has no {', '.join(missing)}: {dict(given)}")
+    return {key: given[key] for key in (*_EPOCH_KEYS, *(key for key in given if key not in _EPOCH_KEYS))}
+
+
+def evaluate(classifier: Classifier, dataset: str | None, split: str) -> Scored:
+    """Score a model on a labelled split.
+
+    Args:
+        dataset: as `data.dataset`; None takes what the model was trained on.
+        split: "train", "validation" or "test"; data without named splits counts as any of them.
+
+    Raises:
+        DataError: with every problem of the data, labels that the model doesn't have among them.
+    """
+    config = parse(classifier.facts["config"]).data.model_copy(update={"labels": classifier.labels})
+    if split not in SPLITS:
+        raise DataError("--split", [f"is '{split}', but must be one of {', '.join(SPLITS)}"])
+    if dataset is None:
+        rows = data.load(config).splits[split]
+    else:
+        rows = data.load_split(config.model_copy(update={"dataset": dataset}), split)
+    logits, tokens = classifier.logits(rows.texts)
+    lengths = tokens.lengths.astype(np.int32)
+    truncated = np.array(tokens.truncated)
+    return Scored(split, classifier.labels, rows.texts, rows.labels, logits, lengths, truncated, classifier.temperature)
+
+
+def evaluation_text(scored: Scored) -> str:
+    """Headline metrics with their 95% intervals, and a line a label, for a terminal."""
+    figures, intervals = scored.metrics(), scored.intervals()
+    lines = [f"{scored.split}: {len(scored):,} rows"]
+    for key, name in _TEST_NAMES.items():
+        span = f"   (95%: {intervals[key][0]:.4f} to {intervals[key][1]:.4f})" if key in intervals else ""
+        lines.append(f"  {name:<10}{figures[key]:.4f}{span}")
+    lines.append(f"  {'label':<14}{'precision':>10}{'recall':>10}{'F1':>10}{'rows':>10}")
+    for row in scored.per_label():
+        figures_of_label = f"{row['precision']:>10.4f}{row['recall']:>10.4f}{row['f1']:>10.4f}{row['support']:>10,}"
+        lines.append(f"  {row['label']:<14}{figures_of_label}")
+    return "\n".join(lines)

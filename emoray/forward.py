@@ -1,0 +1,112 @@
+"""From token ids to logits: the one forward pass that training, evaluation and the classifier share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from emoray.packing import PackedBatch, enable_packing, is_packable, pack, packed_logits
+from emoray.tokens import Tokens, split_packed, split_padded
+
+EVALUATION_TOKENS = 4096
+"""Tokens of a batch where nothing is learned: past a few thousand, a larger one only takes more memory."""
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Texts one below the other, filled up to the longest.
+
+    Attributes:
+        input_ids: int64 [texts, longest].
+        attention_mask: int64 [texts, longest], 1 for real tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device | str) -> PaddedBatch:
+        return PaddedBatch(
+            self.input_ids.to(device, non_blocking=True), self.attention_mask.to(device, non_blocking=True)
+        )
+
+
+class Forward(nn.Module):
+    """A classifier that takes texts as arrays of token ids, packed where its encoder allows it.
+
+    Args:
+        model: a sequence classifier of transformers.
+        packed: lay texts end to end; None does where it is possible.
+        bf16: run matrix products in bfloat16 (autocast); parameters and logits stay float32.
+
+    Raises:
+        ValueError: `packed` is True for an encoder that can't be packed.
+    """
+
+    def __init__(self, model: PreTrainedModel, packed: bool | None = None, bf16: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.packed = is_packable(model) if packed is None else packed
+        self.bf16 = bf16
+        if self.packed:
+            enable_packing(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def batch(self, texts: Sequence[NDArray[np.integer[Any]]]) -> PackedBatch | PaddedBatch:
+        """Token ids, one array a text, as tensors on the CPU."""
+        return pack(texts) if self.packed else _pad(texts, self._pad_id())
+
+    def _pad_id(self) -> int:
+        # The table's own padding row, which is not config.pad_token_id while the vocabulary is compact.
+        row = getattr(self.model.get_input_embeddings(), "padding_idx", None)
+        return int(self.model.config.pad_token_id or 0) if row is None else int(row)
+
+    def forward(self, batch: PackedBatch | PaddedBatch) -> Tensor:
+        """Logits, float32 [texts, labels], in the order of the texts."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if isinstance(batch, PackedBatch):
+                logits = packed_logits(self.model, batch)
+            else:
+                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return logits.float()
+
+
+def _pad(texts: Sequence[NDArray[np.integer[Any]]], pad_id: int) -> PaddedBatch:
+    lengths = np.array([len(text) for text in texts])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.concatenate(texts)
+    return PaddedBatch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
+
+
+@torch.inference_mode()
+def score(forward: Forward, tokens: Tokens, rows: NDArray[np.int64], most_texts: int) -> NDArray[np.float32]:
+    """Logits of some rows of a split, float32 [len(rows), labels], in the order of `rows`.
+
+    Args:
+        rows: which texts.
+        most_texts: texts a batch, at the most.
+    """
+    was_training = forward.training
+    forward.eval()
+    split = split_packed if forward.packed else split_padded
+    by_length = np.lexsort((rows, -tokens.lengths[rows]))
+    logits = np.empty((len(rows), int(forward.model.config.num_labels or 0)), np.float32)
+    for start in range(0, len(rows), most_texts):
+        places = by_length[start : start + most_texts]
+        done = 0
+        for part in split(rows[places], tokens.lengths, EVALUATION_TOKENS):
+            batch = forward.batch([tokens[row] for row in part]).to(forward.device)
+            logits[places[done : done + len(part)]] = forward(batch).cpu().numpy()
+            done += len(part)
+    forward.train(was_training)
+    return logits

@@ -1,0 +1,242 @@
+"""A model that learns: one optimizer step from a step number, and its whole state as named tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from emoray.dropout import seed_dropout
+from emoray.forward import Forward, score
+from emoray.model import learning_rates, make_optimizer, rebuild
+from emoray.packing import is_packable
+from emoray.task import Task
+from emoray.tokens import BatchPlan
+from emoray.vocabulary import CompactVocabulary, is_exact
+from emoray.world import World
+
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "training/optimizer.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Learner:
+    """Model, optimizer and batch plan of one worker.
+
+    Args:
+        task: the run's input.
+        state: weights by name; read, never written, so that workers of a node can share them.
+        world: the other workers.
+    """
+
+    def __init__(self, task: Task, state: Mapping[str, Tensor], world: World) -> None:
+        self.task, self.world = task, world
+        config = task.config.training
+        model = rebuild(task.hf_config, state)
+        self.tokens = {name: part.tokens for name, part in task.parts.items()}
+        self.vocabulary = self._compact(model) if self._may_compact(model) else None
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(world.device, copy=True)
+        torch.nn.Module.to(model, world.device)  # buffers
+        if task.config.model.freeze_embeddings:
+            model.base_model.embeddings.requires_grad_(False)
+        self.dropout = seed_dropout(model)
+        self.forward = Forward(model, packed=_packed(config.packing, model), bf16=_bf16(config.precision, world.device))
+        self.model = model
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.optimizer = make_optimizer(model, config)
+        self.plan = BatchPlan(
+            lengths=self.tokens["train"].lengths,
+            seed=config.seed,
+            batch_size=task.config.batch_size(world.size),
+            packed=self.forward.packed,
+            micro_batch_tokens=config.micro_batch_tokens,
+        )
+        self.total_steps = config.max_steps or config.num_epochs * self.plan.steps_per_epoch
+        self.learning_rate = learning_rates(config, self.total_steps)
+        self._weights = _class_weights(task, world.device)
+        self._parallel = _parallel(self.forward, world, config.gradient_compression)
+
+    def _may_compact(self, model: nn.Module) -> bool:
+        config = self.task.config
+        if config.training.compact_vocabulary == "off":
+            return False
+        return is_exact(model, config.training.weight_decay, config.model.freeze_embeddings)  # type: ignore[arg-type]
+
+    def _compact(self, model: nn.Module) -> CompactVocabulary:
+        vocabulary = CompactVocabulary(model, self.tokens.values())  # type: ignore[arg-type]
+        self.tokens = {name: vocabulary.remap(tokens) for name, tokens in self.tokens.items()}
+        return vocabulary
+
+    def step(self, step: int) -> Tensor:
+        """One optimizer step.
+
+        Returns:
+            This worker's part of the batch's mean loss, a scalar on the device; the parts add up over workers.
+        """
+        samples = self.plan.samples(step)
+        whole = self._weight(samples)
+        pieces = self.plan.micro_batches(step, self.world.rank, self.world.size)
+        # Without a text of its own a worker must still take part in the sum of gradients, with zeros.
+        factor = float(self.world.size) if pieces else 0.0  # DDP averages, so it is undone here
+        pieces = pieces or [samples[:1]]
+        loss = torch.zeros((), device=self.world.device)
+        for place, rows in enumerate(pieces):
+            self.dropout.begin(
+                seed=self.task.config.training.seed, step=step, micro_batch=place * self.world.size + self.world.rank
+            )
+            with nullcontext() if place == len(pieces) - 1 else self._unsynchronised():
+                part = self._loss(rows) / whole
+                (part * factor).backward()
+            loss += part.detach() * (factor / self.world.size)
+        self._update(step)
+        return loss
+
+    def _loss(self, rows: NDArray[np.int64]) -> Tensor:
+        """Sum of the rows' weighted cross-entropies, in nats."""
+        tokens = self.tokens["train"]
+        batch = self.forward.batch([tokens[row] for row in rows]).to(self.world.device)
+        targets = torch.from_numpy(self.task.parts["train"].targets[rows]).to(self.world.device, non_blocking=True)
+        smoothing = self.task.config.training.label_smoothing
+        logits = self._parallel(batch)
+        return F.cross_entropy(logits, targets, self._weights, reduction="sum", label_smoothing=smoothing)
+
+    def _weight(self, rows: NDArray[np.int64]) -> float:
+        """What a mean over these rows divides by: their number, or the sum of their labels' weights."""
+        if self._weights is None:
+            return float(len(rows))
+        return float(self._weights.cpu()[self.task.parts["train"].targets[rows]].sum())
+
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        return self._parallel.no_sync() if isinstance(self._parallel, DistributedDataParallel) else nullcontext()
+
+    def _update(self, step: int) -> None:
+        config = self.task.config.training
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def scores(self, split: str) -> NDArray[np.float32] | None:
+        """Logits of a whole split, float32 [rows, labels], on worker 0; None on the others.
+
+        The rows are dealt by length, each to one worker, and none is counted twice.
+        """
+        tokens = self.tokens[split]
+        mine = np.argsort(-tokens.lengths, kind="stable")[self.world.rank :: self.world.size]
+        logits = score(self.forward, tokens, mine, self.task.config.training.eval_batch_size)
+        parts = self.world.gather((mine, logits))
+        if not parts:
+            return None
+        rows = np.concatenate([part[0] for part in parts])
+        assert len(rows) == len(tokens) and (np.bincount(rows, minlength=len(tokens)) == 1).all()
+        whole = np.empty((len(tokens), logits.shape[1]), np.float32)
+        whole[rows] = np.concatenate([part[1] for part in parts])
+        return whole
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and both moments: `weights/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`."""
+        state = {f"weights/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for parameter, moments in self.optimizer.state.items():
+            state.update({f"{kind}/{self.names[parameter]}": moments[kind] for kind in _MOMENTS})
+        return state
+
+    def split(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What `tensors` gave, as the contents of the two files: whole weights, and the optimizer's state."""
+        prefix = "weights/"
+        weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        moments = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+        if self.vocabulary is not None:
+            weights[self.vocabulary.name] = self.vocabulary.expand(weights[self.vocabulary.name])
+            moments["rows"] = torch.from_numpy(self.vocabulary.rows)
+        return weights, moments
+
+    def load_weights(self, folder: Path) -> None:
+        """Take over the weights of a checkpoint of this run."""
+        weights = load_file(folder / WEIGHTS)
+        if self.vocabulary is not None:
+            weights[self.vocabulary.name] = weights[self.vocabulary.name][torch.from_numpy(self.vocabulary.rows)]
+        self.model.load_state_dict(weights, strict=False)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Go on from a checkpoint: weights and optimizer as they were before `step`."""
+        self.load_weights(folder)
+        moments = load_file(folder / OPTIMIZER)
+        rows = moments.pop("rows", None)
+        for parameter, name in self.names.items():
+            if f"exp_avg/{name}" not in moments:
+                continue
+            state = {kind: moments[f"{kind}/{name}"] for kind in _MOMENTS}
+            if parameter is self.model.get_input_embeddings().weight:
+                state = {kind: self._rows_of_today(tensor, rows) for kind, tensor in state.items()}
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(step), device=self.world.device if parameter.is_cuda else "cpu"),
+                **{kind: tensor.to(self.world.device) for kind, tensor in state.items()},
+            }
+
+    def _rows_of_today(self, moment: Tensor, rows: Tensor | None) -> Tensor:
+        """A moment of the word table, kept compact or whole, in the form that this run uses."""
+        if rows is not None:
+            whole = torch.zeros(self.task.hf_config.vocab_size, moment.shape[1])
+            whole[rows] = moment
+            moment = whole
+        return moment if self.vocabulary is None else moment[torch.from_numpy(self.vocabulary.rows)]
+
+
+def _packed(packing: str, model: nn.Module) -> bool:
+    return packing != "off" and is_packable(model)
+
+
+def _bf16(precision: str, device: torch.device) -> bool:
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16"
+
+
+def _class_weights(task: Task, device: torch.device) -> Tensor | None:
+    """Weights of the labels, float32 [labels], or None where all count the same."""
+    if task.config.training.class_weights == "none":
+        return None
+    counts = np.bincount(task.parts["train"].targets, minlength=len(task.labels))
+    return torch.from_numpy(counts.sum() / (len(counts) * counts)).float().to(device)
+
+
+def _parallel(forward: Forward, world: World, compression: str) -> nn.Module:
+    """The forward pass with gradients summed over workers, as they become ready, in buckets that they live in.
+
+    `find_unused_parameters` keeps the buckets as they were first laid out: without it DDP lays them out anew after
+    the first step, so that sums would come in another order after a restart, and other bits with them.
+    """
+    if world.size == 1:
+        return forward
+    parallel = DistributedDataParallel(
+        forward,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        init_sync=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=True,
+    )
+    if compression == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel
+
+
+def as_tensors(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, Tensor]:
+    """Tensors over read-only arrays, without a copy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "not writable": nothing writes to them
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

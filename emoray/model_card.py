@@ -1,0 +1,243 @@
+"""The README.md that travels with a model: what it is, how to use it, what was measured, where it is weak.
+
+Hub-compatible front matter and Markdown. Every figure comes from the arguments; what isn't known isn't said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from emoray.evaluation import Scored, results_table
+
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "f1": ("f1", "F1 (weighted)"),
+    "macro_f1": ("f1", "Macro F1"),
+    "loss": ("loss", "Cross-entropy (nats)"),
+}
+_FEW = 100  # rows of a label below which its figures are called uncertain
+
+
+@dataclass(frozen=True, eq=False)
+class CardInput:
+    """All that a model card is made of.
+
+    Args:
+        name: of the model.
+        labels: label names in the order of their ids.
+        dataset: what it was trained on, as the reader may see it.
+        sizes: split -> rows.
+        fingerprint: of the data's texts and labels.
+        recipe: dotted config key -> value.
+        results: the content of results.json.
+        validation: the model's outputs on validation.
+        test: the same on test; None where the data has none.
+        temperature: fitted on validation; 1.0 where none was.
+        base_model: Hub id of the encoder; None for a local folder or random weights.
+        dataset_id: Hub id of the data set; None for files.
+        max_length: tokens at which texts were cut.
+        warnings: what the data check found, one sentence each.
+        facts: name -> value: versions, hardware, duration.
+    """
+
+    name: str
+    labels: Sequence[str]
+    dataset: str
+    sizes: Mapping[str, int]
+    fingerprint: str
+    recipe: Mapping[str, Any]
+    results: Mapping[str, Any]
+    validation: Scored | None
+    test: Scored | None
+    temperature: float
+    base_model: str | None = None
+    dataset_id: str | None = None
+    max_length: int | None = None
+    warnings: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def render(card: CardInput) -> str:
+    """The text of README.md.
+
+    Raises:
+        ValueError: neither validation nor test was scored, so that there is nothing to state.
+    """
+    shown = card.test or card.validation
+    if shown is None:
+        raise ValueError("a model card needs the model's outputs on validation or test")
+    epochs = card.results.get("epochs", [])
+    parts = [
+        f"---\n{_front_matter(card, shown)}---",
+        f"# {_cell(card.name)}",
+        _summary(card, shown),
+        "## How to use it",
+        _usage(card),
+        "## Results",
+        results_table({"epochs": epochs}).rstrip() if epochs else "",
+        _headline(card),
+        f"Each label on {shown.split}:",
+        _labels(shown),
+        "## Calibration",
+        _calibration(card, shown),
+        "## Limits",
+        _limits(card, shown),
+        "## Recipe",
+        _table(("Key", "Value"), ((f"`{key}`", f"`{_plain(value)}`") for key, value in card.recipe.items())),
+        "## Data",
+        _data(card),
+        "## Versions" if card.facts else "",
+        _table(("", ""), card.facts.items()) if card.facts else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(card: CardInput, shown: Scored) -> str:
+    figures = shown.metrics()
+    metrics = [
+        {"type": kind, "name": title, "value": round(figures[key], 6)} for key, (kind, title) in _METRICS.items()
+    ]
+    dataset = {"name": card.dataset, "type": card.dataset_id or card.dataset, "split": shown.split}
+    content: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "base_model": card.base_model,
+        "datasets": [card.dataset_id] if card.dataset_id else None,
+        "metrics": ["accuracy", "f1"],
+        "tags": ["emoray", "text-classification"],
+        "model-index": [
+            {
+                "name": card.name,
+                "results": [
+                    {
+                        "task": {"type": "text-classification", "name": "Text Classification"},
+                        "dataset": dataset,
+                        "metrics": metrics,
+                    }
+                ],
+            }
+        ],
+    }
+    known = {key: value for key, value in content.items() if value is not None}
+    return str(yaml.safe_dump(known, sort_keys=False, allow_unicode=True))
+
+
+def _summary(card: CardInput, shown: Scored) -> str:
+    start = "A text classifier trained with emoray"
+    if card.base_model:
+        start = f"[{card.base_model}](https://huggingface.co/{card.base_model}) fine-tuned with emoray"
+    names = ", ".join(_cell(label) for label in card.labels)
+    return (
+        f"{start}: it gives a text one of {len(card.labels)} labels ({names}). "
+        f"Accuracy on {shown.split} ({len(shown):,} rows): {shown.metrics()['accuracy']:.4f}."
+    )
+
+
+def _usage(card: CardInput) -> str:
+    return f"""With transformers:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="path/to/this/folder")
+classify("a text to classify")  # [{{"label": ..., "score": ...}}]
+```
+
+With emoray, which also applies the calibration temperature ({card.temperature:.3f}) to the scores:
+
+```python
+import emoray
+
+classify = emoray.Classifier.load("path/to/this/folder")
+classify(["a text to classify"])
+```
+
+Both give the same labels; the scores of the transformers pipeline are those before calibration."""
+
+
+def _headline(card: CardInput) -> str:
+    """Validation and test side by side, with intervals."""
+    splits = [split for split in (card.validation, card.test) if split is not None]
+    columns = [(split.metrics(), split.intervals()) for split in splits]
+    rows = [["Rows", *(f"{len(split):,}" for split in splits)]]
+    for key, (_, title) in _METRICS.items():
+        cells = [f"{found[key]:.4f} ({low[key][0]:.3f}–{low[key][1]:.3f})" for found, low in columns]
+        rows.append([title, *cells])
+    table = _table(("", *(split.split for split in splits)), rows)
+    return f"The model that was kept, with 95% bootstrap intervals:\n\n{table}"
+
+
+def _labels(shown: Scored) -> str:
+    return _table(
+        ("Label", "Precision", "Recall", "F1", "Support"),
+        (
+            [
+                row["label"],
+                *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")),
+                f"{row['support']:,}",
+            ]
+            for row in shown.per_label()
+        ),
+    )
+
+
+def _calibration(card: CardInput, shown: Scored) -> str:
+    if card.temperature == 1.0:
+        return (
+            f"The probabilities are softmax(logits), without a temperature. On {shown.split}, the expected "
+            f"calibration error (15 bins) is {shown.ece():.4f} and the Brier score {shown.brier():.4f}."
+        )
+    return (
+        f"Temperature {card.temperature:.4f}, fitted on validation: probabilities are "
+        f"softmax(logits / temperature). On {shown.split}, the expected calibration error (15 bins) is "
+        f"{shown.ece(calibrated=False):.4f} before and {shown.ece():.4f} after; the Brier score "
+        f"{shown.brier(calibrated=False):.4f} and {shown.brier():.4f}."
+    )
+
+
+def _limits(card: CardInput, shown: Scored) -> str:
+    """What the measurements themselves say against the model."""
+    table = [row for row in shown.per_label() if row["support"] > 0]
+    weakest = min(table, key=lambda row: (row["f1"], row["label"]))
+    found = [
+        f"Weakest label: {_cell(weakest['label'])}, F1 {weakest['f1']:.4f} on {weakest['support']:,} rows of "
+        f"{shown.split}.",
+        "Each text gets exactly one of the labels above, also where none or several fit.",
+        f"The figures hold for texts like those of {_cell(card.dataset)}; on others they are unknown.",
+    ]
+    few = [f"{_cell(row['label'])} ({row['support']})" for row in shown.per_label() if row["support"] < _FEW]
+    if few:
+        found.append(f"Labels with fewer than {_FEW} rows in {shown.split}, so uncertain: {', '.join(few)}.")
+    if card.max_length is not None:
+        cut = int(shown.truncated.sum())
+        found.append(f"Texts are cut at {card.max_length:,} tokens: {cut:,} of {len(shown):,} in {shown.split} were.")
+    if card.test is None:
+        found.append("There is no test split: the figures are of validation, which also chose the checkpoint.")
+    found += [f"Data check: {_cell(warning)}" for warning in card.warnings]
+    return "\n".join(f"- {line}" for line in found)
+
+
+def _data(card: CardInput) -> str:
+    rows = [["Data set", card.dataset], *([f"{split} rows", f"{n:,}"] for split, n in card.sizes.items())]
+    return _table(("", ""), [*rows, ["Fingerprint", f"`{card.fingerprint}`"]])
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are right-aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *([_cell(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that can't break out of a line or a table's cell."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _plain(value: Any) -> str:
+    """A value as YAML writes it on one line."""
+    text = str(yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6))
+    return text.removesuffix("...\n").strip()

@@ -1,0 +1,167 @@
+"""Reach a Ray cluster, or start one here, and ask whether it can give what a config wants."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+
+from emoray.config import WorkersConfig
+from emoray.errors import ClusterError
+
+_SETTINGS = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a worker's end is noticed in half a second, not two
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a notice of preemption often comes only seconds ahead
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+_BUSY_S = 60
+"""How long resources that the cluster has may be held by others before that is an error, in seconds."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What each worker gets.
+
+    Attributes:
+        min_workers, max_workers: equal where the run isn't elastic.
+        cpus: CPUs, and threads, of a worker.
+        use_gpu: one GPU a worker.
+    """
+
+    min_workers: int
+    max_workers: int
+    cpus: int
+    use_gpu: bool
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
+
+    @property
+    def each(self) -> str:
+        """What a worker gets, in words."""
+        return f"({_amounts(self.resources)})"
+
+
+def connect() -> bool:
+    """Join the cluster that RAY_ADDRESS, a Ray job or a local `ray start` names, else start one on this machine.
+
+    Returns:
+        Whether one was started here (and ends with this process).
+
+    Raises:
+        ClusterError: where the named cluster can't be reached.
+    """
+    if ray.is_initialized():
+        return False
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, namespace="emoray")
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().split("\n")[0]
+        where = f"the cluster at RAY_ADDRESS={address}" if address else "a Ray cluster"
+        raise ClusterError(
+            f"Can't reach {where}: {reason}. Check that it runs, and RAY_AUTH_MODE and its token."
+        ) from None
+    return address is None and bool(context.address_info.get("session_dir")) and _started_here()
+
+
+def _started_here() -> bool:
+    return ray._private.worker._global_node is not None and ray._private.worker._global_node.is_head()
+
+
+def place(workers: WorkersConfig, say: Callable[[str], None]) -> Placement:
+    """Decide what each worker gets, and wait until the cluster has it.
+
+    Raises:
+        ClusterError: says what was asked and what there is; at once, unless `wait_for_nodes_s` lets nodes come.
+    """
+    nodes = _nodes()
+    use_gpu = any(node.get("GPU", 0) for node in nodes) if workers.use_gpu == "auto" else workers.use_gpu
+    cpus = workers.cpus_per_worker or _even_share(nodes, workers.max_workers, use_gpu)
+    placement = Placement(workers.min_workers, workers.max_workers, cpus, use_gpu)
+    room = sum(_fits(node, placement.resources) for node in nodes)
+    if room < workers.min_workers and not workers.wait_for_nodes_s:
+        raise ClusterError(_too_little(workers, placement, nodes, room))
+    _wait_for_room(workers, placement, say)
+    return placement
+
+
+def _wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[str], None]) -> None:
+    """Ask for a placement group of the smallest size, which also asks an autoscaler, and give it back.
+
+    Ray Train would wait without a word, and for an elastic run without an end.
+    """
+    limit = max(workers.wait_for_nodes_s, _BUSY_S)
+    group = ray.util.placement_group([placement.resources] * placement.min_workers)
+    try:
+        for waited in range(int(limit)):
+            if ray.wait([group.ready()], timeout=1)[0]:
+                return
+            if waited == 2:
+                say(f"Waiting up to {limit:g} s for {placement.min_workers} x {placement.each}")
+    finally:
+        ray.util.remove_placement_group(group)
+    raise ClusterError(
+        f"The cluster gave no room for {placement.min_workers} x {placement.each} within {limit:g} s "
+        f"(free now: {_amounts(ray.available_resources())}): end what else runs there, lower workers.num_workers or "
+        "workers.cpus_per_worker, or raise workers.wait_for_nodes_s where nodes take longer to come."
+    )
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of each living node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _fits(node: dict[str, float], wanted: dict[str, float]) -> int:
+    """How many workers a node has room for."""
+    return int(min(node.get(name, 0) // amount for name, amount in wanted.items()))
+
+
+def _even_share(nodes: list[dict[str, float]], num_workers: int, use_gpu: bool) -> int:
+    """The most CPUs a worker can have so that all workers fit; at least one.
+
+    Beside a GPU at most eight: batches are prepared by one thread, and other jobs want CPUs too.
+    """
+    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+    if use_gpu:
+        most = min(most, 8)
+    for cpus in range(most, 1, -1):
+        wanted = {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
+        if sum(_fits(node, wanted) for node in nodes) >= num_workers:
+            return cpus
+    return 1
+
+
+def _too_little(workers: WorkersConfig, placement: Placement, nodes: list[dict[str, float]], room: int) -> str:
+    there = "; ".join(f"node {i + 1}: {_amounts(node)}" for i, node in enumerate(nodes[:8]))
+    remedy = "lower workers.num_workers or workers.cpus_per_worker"
+    if workers.use_gpu is True:
+        remedy += ", set workers.use_gpu=false"
+    return (
+        f"workers.num_workers asks for {placement.min_workers} x {placement.each}, but the cluster has room for {room} "
+        f"({there}): {remedy}, add nodes, or set workers.wait_for_nodes_s where an autoscaler brings them."
+    )
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def shutdown() -> None:
+    """End a cluster that was started here, or leave one that was joined."""
+    ray.shutdown()
+
+
+def dashboard() -> str | None:
+    """Address of the dashboard, if one runs."""
+    url = ray._private.worker.get_dashboard_url()
+    return f"http://{url}" if url else None

@@ -1,0 +1,65 @@
+"""What each training worker runs: its place among the others, the loop, and the end of the run on worker 0."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+import torch
+
+from emoray.errors import InterruptedRunError, StorageError
+from emoray.finish import finish
+from emoray.learner import as_tensors
+from emoray.on_ray.channel import Leaving, WorkerControl
+from emoray.run import ATTEMPTS, Attempt
+from emoray.storage import Storage
+from emoray.training import train
+from emoray.world import World
+
+
+def run_worker(job: dict[str, Any]) -> None:
+    """Train in one Ray Train worker.
+
+    Args:
+        job: `task` and `state` as references into the object store, `run` the run's location, `attempt` the
+            attempt's number, `channel` the actor's handle, `cpus` this worker's threads.
+    """
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    context = get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    _set_up_torch(job["cpus"], world.device)
+    control = WorkerControl(job["channel"], asks=world.writes, leaving=Leaving())
+    attempt = Attempt(Storage(job["run"]), job["attempt"])
+    _must_see(attempt, world)
+    task, state = ray.get([job["task"], job["state"]])
+    try:
+        learner, progress = train(task, as_tensors(state), world, attempt, control)
+    except InterruptedRunError as error:
+        # No failure: Ray must not try again what a person stopped.
+        if world.writes:
+            control.tell({"stopped": str(error)})
+        return
+    results = finish(learner, progress, attempt)
+    if results is not None:
+        control.tell({"results": results})
+
+
+def _set_up_torch(cpus: int, device: torch.device) -> None:
+    torch.set_num_threads(cpus)
+    if device.type == "cuda":
+        # Kernels with the same result each time; cuBLAS reads the variable at its first use.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _must_see(attempt: Attempt, world: World) -> None:
+    """Raises StorageError where this node doesn't see what the driver wrote."""
+    if not attempt.run.exists(f"{ATTEMPTS}/{attempt.number:06d}.json"):
+        raise StorageError(
+            f"Node {world.host} ({ray.util.get_node_ip_address()}) can't see the run's folder {attempt.run.location}: "
+            "set run.storage_path to a place that every node can write, e.g. NFS or s3://"
+        )

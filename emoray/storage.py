@@ -1,0 +1,206 @@
+"""A folder on any filesystem that pyarrow can write: local paths, NFS, s3://, gs://."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from emoray.errors import StorageError
+
+
+def is_uri(location: str) -> bool:
+    """True for `s3://bucket/runs`, False for a path."""
+    return "://" in location
+
+
+def absolute(location: str) -> str:
+    """Paths made absolute, URIs as they are: workers and other nodes don't share the driver's folder."""
+    return location if is_uri(location) else str(Path(location).expanduser().resolve())
+
+
+class Storage:
+    """A folder, by path or URI, with the few operations that a run needs.
+
+    Files appear whole or not at all: on a local filesystem through a rename, on object stores by nature.
+
+    Args:
+        location: absolute path or URI of the folder; it needn't exist.
+
+    Raises:
+        StorageError: for URIs that pyarrow doesn't know, and for every failed operation.
+    """
+
+    def __init__(self, location: str) -> None:
+        from pyarrow import fs
+
+        self.location = location.rstrip("/") or "/"
+        try:
+            if is_uri(location):
+                self._fs, self._root = fs.FileSystem.from_uri(self.location)
+            else:
+                self._fs, self._root = fs.LocalFileSystem(), self.location
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise StorageError(f"{location}: pyarrow can't open this storage ({error})") from None
+        self.local_path = Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
+        """The folder as a local path; None on object stores."""
+
+    def __repr__(self) -> str:
+        return f"Storage({self.location!r})"
+
+    def __truediv__(self, name: str) -> Storage:
+        return Storage(f"{self.location}/{name}")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    @contextmanager
+    def _told(self, name: str, doing: str) -> Iterator[None]:
+        """Failures of the filesystem, told as one sentence with the place."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise StorageError(f"{self.location}/{name}: no such file") from None
+        except OSError as error:
+            raise StorageError(f"{self.location}/{name}: can't be {doing}: {error}") from error
+
+    def exists(self, name: str = "") -> bool:
+        from pyarrow import fs
+
+        with self._told(name, "looked up"):
+            return bool(self._fs.get_file_info(self._path(name)).type != fs.FileType.NotFound)
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names in a folder, sorted; empty where there is no such folder."""
+        from pyarrow import fs
+
+        with self._told(folder, "listed"):
+            infos = self._fs.get_file_info(fs.FileSelector(self._path(folder), allow_not_found=True))
+            return sorted(info.base_name for info in infos)
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """All files below a folder: path relative to it -> size in bytes."""
+        from pyarrow import fs
+
+        base = self._path(folder)
+        with self._told(folder, "listed"):
+            infos = self._fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
+        return {info.path[len(base) :].lstrip("/"): info.size for info in infos if info.type == fs.FileType.File}
+
+    def read(self, name: str) -> bytes:
+        with self._told(name, "read"), self._fs.open_input_stream(self._path(name), compression=None) as stream:
+            return bytes(stream.read())
+
+    def read_text(self, name: str) -> str:
+        return self.read(name).decode("utf-8")
+
+    def write(self, name: str, content: bytes | str, *, exclusive: bool = False) -> None:
+        """Write a small file whole.
+
+        Args:
+            exclusive: fail where the file exists. Atomic on local filesystems only.
+
+        Raises:
+            FileExistsError: where `exclusive` found one.
+        """
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        with self._told(name, "written"):
+            if self.local_path is not None:
+                _write_local(self.local_path / name, data, exclusive)
+                return
+            if exclusive and self.exists(name):
+                raise FileExistsError(name)
+            self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
+            with self._fs.open_output_stream(self._path(name), compression=None) as stream:
+                stream.write(data)
+
+    def delete(self, folder: str) -> None:
+        """Remove a folder or file with all it holds; nothing happens where there is none."""
+        from pyarrow import fs
+
+        with self._told(folder, "deleted"):
+            kind = self._fs.get_file_info(self._path(folder)).type
+            if kind == fs.FileType.Directory:
+                self._fs.delete_dir(self._path(folder))
+            elif kind == fs.FileType.File:
+                self._fs.delete_file(self._path(folder))
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """An empty local folder to fill before `publish`; on the same filesystem where that is local."""
+        if self.local_path is not None:
+            with self._told("", "written"):
+                self.local_path.mkdir(parents=True, exist_ok=True)
+        with self._told("", "written"):
+            stage = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.local_path))
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+    def publish(self, stage: Path, name: str, last: str) -> None:
+        """Make a staged folder visible as `name`; an existing one is replaced.
+
+        On object stores the files go up one by one, `last` at the end, so its presence means completeness.
+        """
+        with self._told(name, "written"):
+            if self.local_path is not None:
+                target = self.local_path / name
+                for file in stage.rglob("*"):
+                    _sync(file)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    old = Path(tempfile.mkdtemp(prefix=".old-", dir=self.local_path))
+                    target.rename(old / "folder")
+                    stage.rename(target)
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    stage.rename(target)
+                _sync(target.parent)
+                return
+            paths = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
+            for path in sorted(paths, key=lambda p: p == last):
+                self._upload(stage / path, f"{name}/{path}")
+
+    def _upload(self, source: Path, name: str) -> None:
+        self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
+        with source.open("rb") as reader, self._fs.open_output_stream(self._path(name), compression=None) as stream:
+            shutil.copyfileobj(reader, stream, 1 << 20)
+
+    def download(self, target: Path) -> None:
+        """Copy the whole folder to a local one."""
+        for name in self.files():
+            with self._told(name, "read"), self._fs.open_input_stream(self._path(name), compression=None) as stream:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                with (target / name).open("wb") as writer:
+                    shutil.copyfileobj(stream, writer, 1 << 20)
+
+
+def _write_local(path: Path, data: bytes, exclusive: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if exclusive:
+            os.link(temporary, path)  # fails where the path exists, unlike a rename
+        else:
+            os.replace(temporary, path)
+            return
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _sync(path: Path) -> None:
+    """Ask the kernel to bring a file or folder to disk, so that a power cut can't tear it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""All that a run needs before its first step: data read and checked, texts tokenised, the encoder loaded."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emoray import __version__, data
+from emoray.config import TrainConfig
+from emoray.errors import DataError
+from emoray.tokens import Tokens, tokenize_cached, tokenizer_digest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split, ready for the model.
+
+    Attributes:
+        texts: the texts themselves (empty for train: workers need only its tokens).
+        tokens: their token ids.
+        targets: label ids, int64 [rows].
+        rows: row numbers in the source, int64 [rows], for messages.
+    """
+
+    texts: list[str]
+    tokens: Tokens
+    targets: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run's input, checked; plain data that travels to workers.
+
+    Attributes:
+        config: the resolved config.
+        labels: label names in the order of their ids.
+        parts: train, validation and test.
+        hf_config: the encoder's config with these labels.
+        files: the Hugging Face folder beside the weights (config, tokenizer): name -> content.
+        facts: data fingerprint, source, sizes and warnings; versions. JSON-able.
+        tokenizer: digest of the tokenizer.
+    """
+
+    config: TrainConfig
+    labels: tuple[str, ...]
+    parts: dict[str, Part]
+    hf_config: PretrainedConfig
+    files: dict[str, bytes]
+    facts: dict[str, Any]
+    tokenizer: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights; a run goes on only where it is the same."""
+        return {"recipe": self.config.recipe(), "data": self.facts["data"]["fingerprint"]}
+
+
+def prepare(config: TrainConfig, say: Callable[[str], None] = lambda _: None) -> Task:
+    """Read and check everything but the weights.
+
+    Args:
+        say: called with one line before each part that takes time.
+
+    Raises:
+        DataError, ModelError: all that is wrong with the data, or with the encoder.
+    """
+    say(f"Reading {config.data.dataset}")
+    dataset = data.load(config.data)
+    from emoray import model  # torch and transformers take seconds: bad data is told before they load
+
+    hf_config = model.load_config(config.model, dataset.labels)
+    tokenizer = model.load_tokenizer(config.model.pretrained)
+    if len(tokenizer) > hf_config.vocab_size:
+        raise DataError(
+            config.model.pretrained,
+            [f"the tokenizer has {len(tokenizer)} pieces, but the encoder has rows for {hf_config.vocab_size}"],
+        )
+    say(f"Tokenising {sum(len(split.texts) for split in dataset.splits.values())} texts")
+    parts = {
+        name: Part(
+            texts=[] if name == "train" else split.texts,
+            tokens=tokenize_cached(split.texts, tokenizer, config.model.max_length),
+            targets=split.labels,
+            rows=split.rows,
+        )
+        for name, split in dataset.splits.items()
+    }
+    digest = tokenizer_digest(tokenizer)
+    return Task(
+        config, dataset.labels, parts, hf_config, model.folder_files(hf_config, tokenizer), _facts(dataset), digest
+    )
+
+
+def _facts(dataset: data.Dataset) -> dict[str, Any]:
+    names = ("ray", "torch", "transformers", "tokenizers", "numpy")
+    return {
+        "data": {
+            "source": dataset.source,
+            "fingerprint": dataset.fingerprint,
+            "rows": {name: len(split.texts) for name, split in dataset.splits.items()},
+            "warnings": list(dataset.warnings),
+        },
+        "versions": {
+            "emoray": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+        },
+        "platform": f"{platform.machine()} {sys.platform}",
+    }

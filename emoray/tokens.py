@@ -1,0 +1,206 @@
+"""Texts as flat token ids, tokenised once; and the batch plan: which text when, as a pure function."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emoray.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The texts of a split as token ids, special tokens included.
+
+    Attributes:
+        ids: int32 [total], all texts end to end.
+        offsets: int64 [rows + 1]; text i is `ids[offsets[i]:offsets[i + 1]]`.
+        truncated: bool [rows], True where a text was cut to the model's length.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each text, int64 [rows]."""
+        return np.diff(self.offsets)
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """Tokenise with the fast tokenizer itself: three times the speed of its transformers wrapper.
+
+    Raises:
+        ModelError: where the encoder has no fast tokenizer.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        raise ModelError(f"{tokenizer.name_or_path}: has no fast tokenizer; emoray needs its tokenizer.json")
+    fast.no_padding()
+    fast.enable_truncation(max_length)
+    encodings = fast.encode_batch_fast(list(texts))
+    lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    ids = np.empty(int(offsets[-1]), np.int32)
+    for start, encoding in zip(offsets, encodings, strict=False):
+        ids[start : start + len(encoding)] = encoding.ids
+    truncated = np.fromiter((bool(e.overflowing) for e in encodings), np.bool_, len(encodings))
+    return Tokens(ids, offsets, truncated)
+
+
+def tokenize_cached(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """As `tokenize`, kept on disk and memory-mapped: the same texts and tokenizer are never tokenised twice.
+
+    The cache lies in `$EMORAY_CACHE`, else `~/.cache/emoray`; where it can't be written, nothing is kept.
+    """
+    key = hashlib.sha256(f"1 {max_length} {tokenizer_digest(tokenizer)}\n".encode())
+    for text in texts:
+        key.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    folder = Path(os.environ.get("EMORAY_CACHE") or Path.home() / ".cache" / "emoray") / "tokens" / key.hexdigest()[:32]
+    names = ("ids", "offsets", "truncated")
+    try:
+        return Tokens(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+    except (OSError, ValueError):
+        tokens = tokenize(texts, tokenizer, max_length)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            for name in names:
+                np.save(Path(temporary) / f"{name}.npy", getattr(tokens, name))
+            os.replace(temporary, folder)
+            Path(temporary).mkdir()  # TemporaryDirectory wants to remove it
+    except OSError:
+        pass  # a read-only home, a full disk, or another process that was faster: the tokens are here all the same
+    return tokens
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of all that decides how a text is split."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        raise ModelError(f"{tokenizer.name_or_path}: has no fast tokenizer; emoray needs its tokenizer.json")
+    fast.no_padding()
+    fast.no_truncation()
+    return hashlib.sha256(fast.to_str().encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which texts each step, worker and micro-batch sees: a function of nothing but these fields.
+
+    Any step can be asked for at any time, so a run resumes from its step number alone, and each step has the
+    same texts whatever the number of workers.
+
+    Attributes:
+        lengths: tokens of each training text, int64 [rows].
+        seed: fixes the order.
+        batch_size: texts a step over all workers; an epoch's last step takes what is left.
+        packed: micro-batches are rows without padding; else padded to their longest text.
+        micro_batch_tokens: a micro-batch has at most so many tokens, padding counted; one text always fits.
+    """
+
+    lengths: NDArray[np.int64]
+    seed: int
+    batch_size: int
+    packed: bool
+    micro_batch_tokens: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Permutation of all rows in an epoch (0, 1, ...).
+
+        Sorting raw Philox words, whose stream is fixed by its definition (Salmon et al. 2011), rather than
+        `Generator.permutation`, whose stream NumPy may change.
+        """
+        order: NDArray[np.int64] = _order(self.seed, epoch, len(self.lengths))
+        return order
+
+    def samples(self, step: int) -> NDArray[np.int64]:
+        """Rows of a step over all workers, in the epoch's order."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def share(self, step: int, rank: int, num_workers: int) -> NDArray[np.int64]:
+        """Rows of one worker, longest first; together the workers hold each row of the step once.
+
+        Dealt longest first to the worker that has the fewest tokens (Graham 1969), so that none waits long for
+        another. Empty where a step has fewer rows than there are workers.
+        """
+        rows = self.samples(step)
+        rows = rows[np.lexsort((rows, -self.lengths[rows]))]
+        if num_workers == 1:
+            return rows
+        loads = np.zeros(num_workers, np.int64)
+        owners = np.empty(len(rows), np.int64)
+        for place, length in enumerate(self.lengths[rows]):
+            owners[place] = np.argmin(loads)
+            loads[owners[place]] += length
+        return rows[owners == rank]
+
+    def micro_batches(self, step: int, rank: int, num_workers: int) -> list[NDArray[np.int64]]:
+        """A worker's share in pieces that fit `micro_batch_tokens`; similar lengths lie together."""
+        rows = self.share(step, rank, num_workers)
+        if self.packed:
+            return split_packed(rows, self.lengths, self.micro_batch_tokens)
+        return split_padded(rows, self.lengths, self.micro_batch_tokens)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(rows)
+    order: NDArray[np.int64] = np.argsort(words, kind="stable")
+    return order
+
+
+def split_packed(rows: NDArray[np.int64], lengths: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
+    """Cut rows into the fewest runs of at most `most` tokens each, all of about the same size."""
+    if len(rows) == 0:
+        return []
+    ends = np.cumsum(lengths[rows])
+    pieces = -(-int(ends[-1]) // most)
+    while True:
+        cuts = np.searchsorted(ends, np.arange(1, pieces) * ends[-1] / pieces)
+        parts = [part for part in np.split(rows, np.unique(cuts)) if len(part)]
+        if all(len(part) == 1 or lengths[part].sum() <= most for part in parts):
+            return parts
+        pieces += 1
+
+
+def split_padded(rows: NDArray[np.int64], lengths: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
+    """Cut rows, sorted by length, into at least four runs of at most `most` tokens, padding counted.
+
+    Four, because that already takes most of the padding out (37% real tokens become 73% on short messages),
+    and each further cut makes the matrix products smaller.
+    """
+    parts = [part for part in np.array_split(rows, 4) if len(part)]
+    fitting: list[NDArray[np.int64]] = []
+    while parts:
+        part = parts.pop(0)
+        if len(part) == 1 or lengths[part].max() * len(part) <= most:
+            fitting.append(part)
+        else:
+            half = len(part) // 2
+            parts[:0] = [part[:half], part[half:]]
+    return fitting

@@ -1,0 +1,313 @@
+"""The training loop, plain torch: steps, evaluations and checkpoints, from wherever the run was left."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from emoray import checkpoint, metrics
+from emoray.errors import FencedError, InterruptedRunError, NotFiniteError, StorageError
+from emoray.learner import OPTIMIZER, WEIGHTS, Learner
+from emoray.run import Attempt, History
+from emoray.saving import Saver
+from emoray.storage import Storage
+from emoray.task import Task
+from emoray.world import World
+
+PROGRESS = "training/progress.json"
+_LEASE_EVERY_S = 2.0
+
+
+class Wish(IntEnum):
+    """What is to happen after a step; the strongest wish of any worker holds for all."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2
+    """Save, then stop."""
+    YIELD = 3
+    """Stop and write no more: a newer attempt owns the run."""
+
+
+class Control(Protocol):
+    """How the loop talks to whoever started it."""
+
+    def wish(self) -> Wish:
+        """Asked after each step, on every worker; must not block."""
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """What happened: a row of the history, an evaluation, a sentence; must not block."""
+
+
+class Alone:
+    """A control that wishes nothing and tells no one."""
+
+    def wish(self) -> Wish:
+        return Wish.GO_ON
+
+    def tell(self, event: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass
+class Progress:
+    """What a run has behind it, kept as JSON beside the optimizer's tensors.
+
+    Attributes:
+        step: optimizer steps done; with the config and the data it decides all that is to come.
+        evaluations: one entry an evaluation: epoch, step, validation_loss, accuracy, f1, macro_f1.
+        seconds: time spent training, over all attempts.
+    """
+
+    step: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def best(self, metric: str) -> dict[str, Any] | None:
+        """The best evaluation so far, the earliest of equals."""
+        name, sign = ("validation_loss", -1.0) if metric == "loss" else (metric, 1.0)
+        return max(self.evaluations, key=lambda entry: sign * float(entry[name]), default=None)
+
+    def stalled(self, metric: str, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations brought nothing better."""
+        best = self.best(metric)
+        if patience is None or best is None:
+            return False
+        return len(self.evaluations) - 1 - self.evaluations.index(best) >= patience
+
+
+def train(
+    task: Task, state: Mapping[str, Tensor], world: World, attempt: Attempt, control: Control
+) -> tuple[Learner, Progress]:
+    """Train to the end of the run, from its last good checkpoint.
+
+    Args:
+        state: the encoder's weights before the first step, by name.
+
+    Returns:
+        The learner, with the weights of the best checkpoint, and what the run has behind it.
+
+    Raises:
+        InterruptedRunError: a stop was wished; a checkpoint of the last step lies in the run's folder.
+        FencedError: a newer attempt owns the run.
+        NotFiniteError: the loss is NaN or infinite.
+        StorageError: the run's folder can't be written.
+    """
+    folder = find_start(attempt.run, world, control)
+    progress = Progress() if folder is None else Progress(**json.loads((folder / PROGRESS).read_text()))
+    learner = Learner(task, state if folder is None else load_file(folder / WEIGHTS), world)
+    if folder is not None:
+        learner.load(folder, progress.step)
+    if world.writes:
+        control.tell({"start": progress.step, "workers": world.size})
+    loop = _Loop(learner, progress, attempt, control)
+    try:
+        loop.run()
+    finally:
+        loop.close()
+    best = progress.best(task.config.training.metric_for_best_model)
+    assert best is not None
+    if best["step"] != progress.step:
+        learner.load_weights(checkpoint.fetch(attempt.run, checkpoint.name_of(best["step"])))
+    return learner, progress
+
+
+def find_start(run: Storage, world: World, control: Control) -> Path | None:
+    """A local folder with the last good checkpoint, on each worker; None where the run begins."""
+    found: tuple[Path | None, list[str]] = checkpoint.newest_good(run) if world.writes else (None, [])
+    for sentence in found[1]:
+        control.tell({"note": f"Not used: {sentence}"})
+    name = world.agree(None if found[0] is None else found[0].name)
+    if name is None:
+        return None
+    if world.writes:
+        return found[0]
+    if run.local_path is None:
+        return checkpoint.fetch(run, f"{checkpoint.FOLDER}/{name}")
+    folder = run.local_path / checkpoint.FOLDER / name
+    if not folder.is_dir():
+        raise StorageError(
+            f"{world.host} can't see {folder}, which another node wrote: run.storage_path must be shared"
+        )
+    return folder
+
+
+class _Loop:
+    """One attempt's way through the steps that are left."""
+
+    def __init__(self, learner: Learner, progress: Progress, attempt: Attempt, control: Control) -> None:
+        self.learner, self.progress, self.attempt, self.control = learner, progress, attempt, control
+        self.world, self.config = learner.world, learner.task.config.training
+        self.history = History(attempt, progress.step) if self.world.writes else None
+        self.saver = Saver()
+        self.losses: list[Tensor] = []
+        self.logged_at = self.saved_at = self.asked_at = time.monotonic()
+        self.saved_step = progress.step
+
+    def run(self) -> None:
+        progress, plan, total = self.progress, self.learner.plan, self.learner.total_steps
+        while progress.step < total and not self._stalled():
+            self.losses.append(self.learner.step(progress.step))
+            progress.step += 1
+            evaluate = progress.step % plan.steps_per_epoch == 0 or progress.step == total
+            wish = self._wish()
+            if wish == Wish.YIELD:
+                self.attempt.check()
+                raise FencedError(f"{self.attempt.run.location}: a newer attempt took the run over")
+            if evaluate or wish or len(self.losses) == self.config.logging_steps:
+                self._log()
+            if evaluate:
+                self._evaluate()
+            if evaluate or wish or progress.step - self.saved_step == self.config.checkpoint_every_steps:
+                self._save()
+            if wish == Wish.STOP and progress.step < total:
+                self.saver.wait()
+                self.world.most(0)  # whoever stops first takes the others with it, so all wait for the write
+                raise InterruptedRunError(
+                    f"Stopped after step {progress.step} of {total}; the same command goes on from there."
+                )
+        self.saver.wait()
+
+    def close(self) -> None:
+        """Let go of the threads and files; whatever was being written is finished first."""
+        self.saver.close()
+        if self.history is not None:
+            self.history.close()
+
+    def _stalled(self) -> bool:
+        return self.progress.stalled(self.config.metric_for_best_model, self.config.early_stopping_patience)
+
+    def _wish(self) -> Wish:
+        """What all workers do now: clocks and signals differ between them, so it is agreed on."""
+        wish, now = self.control.wish(), time.monotonic()
+        minutes = self.config.checkpoint_every_minutes
+        if self.world.writes and minutes is not None and now - self.saved_at >= 60 * minutes:
+            wish = max(wish, Wish.SAVE)
+        if self.world.writes and now - self.asked_at >= _LEASE_EVERY_S:
+            self.asked_at = now
+            try:
+                self.attempt.check()
+            except FencedError:
+                wish = Wish.YIELD
+        return Wish(self.world.most(int(wish)))
+
+    def _log(self) -> None:
+        """Read the losses back, add them up over workers, write a line for each step."""
+        parts = np.array([float(loss) for loss in self.losses])
+        losses = self.world.total(parts)
+        end, plan = self.progress.step, self.learner.plan
+        steps = range(end - len(losses), end)
+        self.losses = []
+        for step, loss in zip(steps, losses, strict=True):
+            if not math.isfinite(loss):
+                raise NotFiniteError(self._not_finite(step, float(loss)))
+        now = time.monotonic()
+        seconds, self.logged_at = now - self.logged_at, now
+        self.progress.seconds += seconds
+        tokens = sum(int(plan.lengths[plan.samples(step)].sum()) for step in steps)
+        rows = [
+            {
+                "step": step + 1,
+                "epoch": round((step + 1) / plan.steps_per_epoch, 4),
+                "loss": float(loss),
+                "learning_rate": self.learner.learning_rate(step),
+                "tokens_per_s": round(tokens / seconds, 1),
+            }
+            for step, loss in zip(steps, losses, strict=True)
+        ]
+        if self.history is not None:
+            self.history.append(rows)
+            self.control.tell({"row": rows[-1], "total_steps": self.learner.total_steps})
+
+    def _not_finite(self, step: int, loss: float) -> str:
+        rows = self.learner.task.parts["train"].rows[self.learner.plan.samples(step)]
+        shown = ", ".join(str(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
+        kept = f"checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint was written yet"
+        return (
+            f"The loss is {loss} at step {step + 1}, on the training rows {shown}; the {kept}. "
+            "Lower training.learning_rate, set training.max_grad_norm, or look at these rows."
+        )
+
+    def _evaluate(self) -> None:
+        """Score the validation split; all workers learn the figures, for the best one decides when to stop."""
+        logits = self.learner.scores("validation")
+        entry: dict[str, Any] | None = None
+        if logits is not None:
+            figures = metrics.compute(logits, self.learner.task.parts["validation"].targets)
+            epoch = self.progress.step / self.learner.plan.steps_per_epoch
+            entry = {
+                "epoch": int(epoch) if epoch == int(epoch) else round(epoch, 4),
+                "step": self.progress.step,
+                "validation_loss": figures["loss"],
+                **{name: figures[name] for name in ("accuracy", "f1", "macro_f1")},
+            }
+        entry = self.world.agree(entry)
+        assert entry is not None
+        self.progress.evaluations.append(entry)
+        if self.world.writes:
+            self.control.tell({"evaluation": entry})
+        self.logged_at = time.monotonic()  # evaluation is no training time
+
+    def _save(self) -> None:
+        """Have a checkpoint of this step written in the background."""
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
+        if not self.world.writes:
+            return
+        progress = Progress(self.progress.step, list(self.progress.evaluations), round(self.progress.seconds, 3))
+        self.saver.save(self.learner.tensors(), partial(self._write, progress))
+
+    def _write(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+        if self.history is not None and self.attempt.run.local_path is None:
+            self.history.flush()
+        weights, moments = self.learner.split(tensors)
+        write_checkpoint(self.learner.task, progress, weights, moments, self.attempt)
+        self._prune(progress)
+
+    def _prune(self, progress: Progress) -> None:
+        """Delete all checkpoints but the newest few and the best one."""
+        best = progress.best(self.config.metric_for_best_model)
+        kept = checkpoint.steps(self.attempt.run)[-self.config.keep_checkpoints :]
+        for step in checkpoint.steps(self.attempt.run):
+            if step not in kept and (best is None or step != best["step"]):
+                self.attempt.run.delete(checkpoint.name_of(step))
+
+
+def write_checkpoint(
+    task: Task, progress: Progress, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], attempt: Attempt
+) -> None:
+    """Write the checkpoint of `progress.step` into the run's folder."""
+
+    def fill(folder: Path) -> None:
+        fill_model_folder(folder, task, dict(weights), metrics=progress.evaluations[-1:], temperature=1.0)
+        (folder / OPTIMIZER).parent.mkdir()
+        save_file(dict(moments), folder / OPTIMIZER)
+        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
+
+    checkpoint.write(attempt.run, checkpoint.name_of(progress.step), fill, attempt.check)
+
+
+def fill_model_folder(folder: Path, task: Task, weights: dict[str, Tensor], metrics: Any, temperature: float) -> None:
+    """A Hugging Face folder with emoray.json: what serving needs."""
+    for name, content in task.files.items():
+        (folder / name).write_bytes(content)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    facts = {
+        "labels": list(task.labels),
+        "max_length": task.config.model.max_length,
+        "temperature": temperature,
+        "metrics": metrics,
+        "config": task.config.model_dump(mode="json"),
+        **task.facts,
+    }
+    (folder / checkpoint.FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False))
