@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from emoray.errors import CheckpointError, StorageError
 from emoray.storage import Storage
@@ -49,7 +52,8 @@ def write(run: Storage, name: str, fill: Callable[[Path], None], may_write: Call
         try:
             fill(stage)
             (stage / MANIFEST).write_text(json.dumps({"files": sums(stage)}, indent=1, sort_keys=True))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            may_write()  # a newer attempt sweeps away what is half written: that is no fault of the disk
             raise StorageError(f"{run.location}/{name}: can't be written: {error}") from error
         may_write()
         run.publish(stage, name, last=MANIFEST)
@@ -80,19 +84,20 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     try:
         listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is no checkpoint or was not finished") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder}/{MANIFEST}: is damaged: not readable as JSON with the files' sums") from None
-    for name, expected in listed.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is missing, but {MANIFEST} lists it")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, but {MANIFEST} says {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path}: its sha256 differs from the one in {MANIFEST}: the file is damaged")
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if name not in present:
+            raise CheckpointError(f"{path}: is missing, but {MANIFEST} lists it")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, but {MANIFEST} says {size}")
+        if _sha256(path) != digest:
+            raise CheckpointError(f"{path}: its sha256 differs from the one in {MANIFEST}: the file is damaged")
     for name in sorted(present - listed.keys()):
         raise CheckpointError(f"{folder / name}: is not listed in {MANIFEST}: remove it")
     return listed
@@ -114,16 +119,21 @@ def fetch(storage: Storage, name: str = "") -> Path:
     return folder
 
 
-def newest_good(run: Storage) -> tuple[Path | None, list[str]]:
+def newest_good(run: Storage, below: int | None = None) -> tuple[Path | None, list[str]]:
     """The last checkpoint whose sums match, and what was wrong with those after it.
+
+    Args:
+        below: look only at checkpoints of earlier steps than this one.
 
     Returns:
         A local folder (None where there is no good one) and one sentence a damaged checkpoint.
     """
     damaged: list[str] = []
-    for folder in sorted(steps(run), reverse=True):
+    for step in reversed(steps(run)):
+        if below is not None and step >= below:
+            continue
         try:
-            return fetch(run, name_of(folder)), damaged
+            return fetch(run, name_of(step)), damaged
         except CheckpointError as error:
             damaged.append(str(error))
     return None, damaged
@@ -131,7 +141,7 @@ def newest_good(run: Storage) -> tuple[Path | None, list[str]]:
 
 def steps(run: Storage) -> list[int]:
     """Steps that have a checkpoint folder, ascending, good or not."""
-    return sorted(step_of(name) for name in run.names(FOLDER) if name.startswith("step-"))
+    return sorted(step_of(name) for name in run.names(FOLDER) if re.fullmatch(r"step-\d{8,}", name))
 
 
 def facts(folder: Path) -> dict[str, Any]:

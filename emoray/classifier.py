@@ -17,7 +17,7 @@ from emoray import checkpoint
 from emoray.errors import CheckpointError, ModelError
 from emoray.forward import Forward, score
 from emoray.metrics import softmax
-from emoray.model import load_tokenizer
+from emoray.model import load_tokenizer, quiet
 from emoray.storage import Storage, absolute
 from emoray.tokens import Tokens, tokenize
 
@@ -74,13 +74,15 @@ class Classifier:
         """
         folder = checkpoint.fetch(find_model(os.fspath(location)))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        facts = checkpoint.facts(folder)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-            )
+            with quiet():
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+                )
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder}: can't be loaded: {error}") from None
-        return cls(Forward(model.to(device)), load_tokenizer(str(folder)), checkpoint.facts(folder))
+        return cls(Forward(model.to(device)), load_tokenizer(str(folder)), facts)
 
     def __call__(self, texts: Sequence[str]) -> list[Prediction]:
         """Predictions for texts, in their order."""

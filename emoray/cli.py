@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emoray.errors import EmorayError, InterruptedRunError
+from emoray.errors import EmorayError, InterruptedRunError, StorageError
 
 if TYPE_CHECKING:
     from emoray.config import TrainConfig
@@ -163,11 +163,35 @@ def evaluate(
 
         config = classifier.facts["config"]
         shown = ReportInput(name=config["run"]["name"], config=config, test=scored)
-        report.write_text(render(shown), encoding="utf-8")
+        try:
+            report.write_text(render(shown), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{report}: can't be written: {error.strerror or error}") from None
     if as_json:
         out(json.dumps({**scored.metrics(), "split": split, "labels": scored.per_label()}, ensure_ascii=False))
     else:
         out(evaluation_text(scored))
+
+
+@_command("emoray doctor   or   emoray doctor configs/emotion.yaml workers.num_workers=4")
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A training config; without one, machine and cluster only.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Will a run work here? Libraries, GPUs, disks, cluster; with a config, up to one real step."""
+    from emoray import doctor as checks
+    from emoray.console import out
+
+    findings = checks.examine_aloud(config, overrides or [])
+    if as_json:
+        out(checks.as_json(findings))
+    else:
+        checks.show(findings)
+    if checks.worst(findings) == "problem":
+        sys.exit(1)
 
 
 def _summary_text(summary: dict[str, Any]) -> str:
@@ -207,7 +231,7 @@ def _fail(message: str) -> None:
 def main() -> None:
     """Entry point of the `emoray` command."""
     with _mendable_errors():
-        app()
+        app(prog_name="emoray")
 
 
 if __name__ == "__main__":

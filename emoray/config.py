@@ -7,6 +7,7 @@ ConfigError that lists every problem with its dotted path, the value, the rule a
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,6 +27,11 @@ def _refuse_bool(value: object) -> object:
 
 Number = BeforeValidator(_refuse_bool)
 PositiveInt = Annotated[int, Number, Field(ge=1)]
+# YAML reads a bare `on` as true and `off` as false.
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: ("on" if value else "off") if isinstance(value, bool) else value),
+]
 Fraction = Annotated[float, Number, Field(ge=0, lt=1)]
 
 
@@ -82,6 +88,12 @@ class DataConfig(Section):
             raise ValueError("labels must hold at least two names, each once")
         return self
 
+    @model_validator(mode="after")
+    def _columns_differ(self) -> DataConfig:
+        if self.text_column == self.label_column:
+            raise ValueError(f"text_column and label_column are both '{self.text_column}': name two columns")
+        return self
+
 
 class TrainingConfig(Section):
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 42
@@ -124,9 +136,9 @@ class TrainingConfig(Section):
     """Validation metric that picks best/ (loss: the lowest; the others: the highest)."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a better metric; null never stops early."""
-    packing: Literal["auto", "on", "off"] = "auto"
+    packing: Switch = "auto"
     """Texts end to end in one row, without padding; `auto` where the encoder allows it."""
-    compact_vocabulary: Literal["auto", "on", "off"] = "auto"
+    compact_vocabulary: Switch = "auto"
     """Train only the embedding rows that the data uses; `auto` where the result is exactly the same."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """Send gradients between workers in bf16: half the bytes, rounded sums."""
@@ -300,7 +312,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> str | None:
     """Set one dotted key in the tree; returns the problem, if any."""
     key, equals, value = override.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(key.strip().split(".")):
         return f"'{override}' is not an override: write section.key=value, e.g. training.learning_rate=3e-5"
     *parents, leaf = key.strip().split(".")
     try:
@@ -340,18 +352,26 @@ def _sentences(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     found: dict[str, list[str]] = {}
     for item in error.errors():
         path, owner = _locate(item["loc"], schema)
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "invalid_key"):
             kind = "section" if owner is schema else "key"
             sentence = f"unknown {kind}{_suggest(path, owner, schema)}"
         elif not path:
             sentence = str(item["msg"]).removeprefix("Value error, ")
         else:
-            rule = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+            rule = _RULES.get(item["type"]) or re.sub("^(Value error, |Input |String )", "", str(item["msg"]))
             sentence = f"is {item['input']!r}, but {rule}" if not isinstance(item["input"], (dict, Section)) else rule
         found.setdefault(path, [])
         if sentence not in found[path]:
             found[path].append(sentence)
     return [f"{path}: {_join(sentences)}" if path else _join(sentences) for path, sentences in found.items()]
+
+
+# Where pydantic's own words speak of Python or of patterns.
+_RULES = {
+    "model_type": "must be a section of 'key: value' lines",
+    "string_pattern_mismatch": "must be letters, digits, '.', '-' and '_' (1 to 100, the first a letter or digit)",
+    "tuple_type": "must be a list",
+}
 
 
 def _join(sentences: Sequence[str]) -> str:

@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -229,10 +231,16 @@ def _parallel(forward: Forward, world: World, compression: str) -> nn.Module:
         find_unused_parameters=True,
     )
     if compression == "bf16":
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        parallel.register_comm_hook(None, bf16_compress_hook)
+        parallel.register_comm_hook(None, lambda _, bucket: _mean_in_bf16(bucket))  # DDP can't read late annotations
     return parallel
+
+
+def _mean_in_bf16(bucket: Any) -> torch.futures.Future[Tensor]:
+    """Torch's `bf16_compress_hook`, which DDP refuses on CPUs (by its name: gloo itself sums bfloat16)."""
+    gradients = bucket.buffer()
+    mean = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+    future = dist.all_reduce(mean, async_op=True).get_future()
+    return future.then(lambda done: gradients.copy_(done.value()[0]))  # type: ignore[no-any-return]
 
 
 def as_tensors(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, Tensor]:

@@ -8,9 +8,11 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -47,7 +49,7 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             pretrained, use_fast=True, local_files_only=_local_only(pretrained)
         )
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast or not tokenizer.get_vocab().keys() - tokenizer.all_special_tokens:
         raise ModelError(f"{pretrained}: has no fast tokenizer (tokenizer.json or vocab.txt), which emoray needs")
     return tokenizer
 
@@ -56,11 +58,16 @@ def load_config(config: ModelConfig, labels: Sequence[str]) -> PretrainedConfig:
     """The encoder's own config, with this data set's labels and the dropout that is asked for.
 
     Raises:
-        ModelError: where there is none, or `max_length` is more than the encoder has positions.
+        ModelError: where there is none, it is no encoder of texts, or `max_length` is more than it has positions.
     """
     with _told(config.pretrained, "config"):
         hf_config: PretrainedConfig = AutoConfig.from_pretrained(
             config.pretrained, local_files_only=_local_only(config.pretrained)
+        )
+    if hf_config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ModelError(
+            f"{config.pretrained}: is a {hf_config.model_type}, of which transformers makes no text classifier: "
+            "choose an encoder such as BERT"
         )
     hf_config.id2label = dict(enumerate(labels))
     hf_config.label2id = {label: i for i, label in enumerate(labels)}
@@ -84,23 +91,45 @@ def load(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrainedMod
         The model in float32 on the CPU, in training mode.
 
     Raises:
-        ModelError: where the encoder can't be loaded as a sequence classifier.
+        ModelError: where the encoder can't be loaded as a sequence classifier, or has not all of its weights.
     """
     hf_config = load_config(config, labels)
-    with _told(config.pretrained, "weights"), torch.random.fork_rng(devices=[]), _quiet():
+    with _told(config.pretrained, "weights"), torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         if config.from_scratch:
             model = AutoModelForSequenceClassification.from_config(hf_config, dtype=torch.float32)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model, found = AutoModelForSequenceClassification.from_pretrained(
                 config.pretrained,
                 config=hf_config,
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=_local_only(config.pretrained),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
+            _refuse_gaps(config.pretrained, model, found)
     model.train()
     return model  # type: ignore[no-any-return]
+
+
+def _refuse_gaps(pretrained: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Raises ModelError where weights of the encoder itself would be random; a head and a pooler may be new."""
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f"{pretrained}: the weights don't fit: {name} has the shape {list(there)}, but must have {list(wanted)} "
+            "by config.json and the number of labels"
+        )
+    lost = [
+        name
+        for name in sorted(found["missing_keys"])
+        if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
+    ]
+    if lost:
+        raise ModelError(
+            f"{pretrained}: {len(lost)} of the encoder's weights are missing, {lost[0]} first: give a whole copy, "
+            "or set model.from_scratch=true for random weights"
+        )
 
 
 def rebuild(hf_config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -109,7 +138,7 @@ def rebuild(hf_config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrai
     Args:
         state: tensors by name; the model takes them as they are, not as copies.
     """
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(hf_config, dtype=torch.float32)
         model.load_state_dict(dict(state), strict=False, assign=True)
     for module in model.modules():
@@ -169,10 +198,12 @@ def _told(pretrained: str, what: str) -> Iterator[None]:
     """Failures of loading, told as one sentence with the remedy."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if os.path.isdir(pretrained):
-            reason = str(error).strip().split("\n")[0]
-            raise ModelError(f"{pretrained}: the {what} can't be loaded from this folder: {reason}") from None
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise ModelError(
+                f"{pretrained}: the {what} can't be loaded from this folder: {reason}; give a whole Hugging Face folder"
+            ) from None
         raise ModelError(
             f"{pretrained}: no such folder here, and its {what} can't be had from the Hub. {hub.REMEDY}"
         ) from None
@@ -184,7 +215,7 @@ def _local_only(pretrained: str) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """A new head on an encoder is what we want, not a reason for a warning."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -42,7 +42,7 @@ def make_encoder(folder: Path) -> None:
         num_attention_heads=4,
         intermediate_size=512,
         max_position_embeddings=128,
-        hidden_dropout_prob=0.2,
+        hidden_dropout_prob=0.3,
     ).save_pretrained(folder)
 
 

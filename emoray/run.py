@@ -13,11 +13,12 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import IO, Any
 
 from emoray import config as cfg
 from emoray.config import TrainConfig
-from emoray.errors import FencedError, RunExistsError
+from emoray.errors import FencedError, RunError, RunExistsError, StorageError
 from emoray.storage import Storage
 
 ATTEMPTS = "attempts"
@@ -33,9 +34,31 @@ def open_run(config: TrainConfig) -> Storage:
 
 def results(run: Storage) -> dict[str, Any] | None:
     """The results of a finished run, else None."""
-    if not run.exists(RESULTS):
-        return None
-    content: dict[str, Any] = json.loads(run.read_text(RESULTS))
+    return _read_json(run, RESULTS, "delete it to have it written anew") if run.exists(RESULTS) else None
+
+
+def refuse_foreign(run: Storage) -> None:
+    """Raises RunExistsError where the folder holds something, but no run: it isn't ours to delete."""
+    names = run.names()
+    if names and ATTEMPTS not in names:
+        raise RunExistsError(
+            f"{run.location}: holds no run ({', '.join(names[:3])}), so run.on_existing=replace does not delete it: "
+            "choose another run.name or empty the folder"
+        )
+
+
+def clear(run: Storage) -> None:
+    """Delete all of a run but its attempts: their numbers go on rising, so that an older attempt stays fenced off."""
+    for name in run.names():
+        if name != ATTEMPTS:
+            run.delete(name)
+
+
+def _read_json(run: Storage, name: str, remedy: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(run.read(name))
+    except ValueError as error:
+        raise RunError(f"{run.location}/{name}: is damaged, no valid JSON ({error}): {remedy}") from None
     return content
 
 
@@ -58,28 +81,29 @@ class Attempt:
         Args:
             identity: what decides the weights: `{"recipe": {...}, "data": fingerprint}`.
         """
-        while True:
-            number = newest_attempt(run) + 1
-            token = uuid.uuid4().hex
-            who = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            name = f"{ATTEMPTS}/{number:06d}.json"
-            try:
-                run.write(name, json.dumps({**who, "token": token, **identity}, indent=1), exclusive=True)
-            except FileExistsError:
-                continue
-            # Object stores have no exclusive write: of two that wrote the same number, the last one has it.
-            if json.loads(run.read_text(name))["token"] == token:
-                return Attempt(run, number)
+        return Attempt(run, _claim(run, {"command": uuid.uuid4().hex, **identity}))
+
+    def again(self) -> Attempt:
+        """The next attempt of the same command: the workers of this one may write no more.
+
+        Raises:
+            FencedError: where another command has taken the run over.
+        """
+        mine = read_attempt(self.run, self.number)
+        return Attempt(self.run, _claim(self.run, mine, successor_of=self))
 
     def check(self) -> None:
         """Raises FencedError where a newer attempt has taken the run over."""
         newest = newest_attempt(self.run)
         if newest > self.number:
-            who = json.loads(self.run.read_text(f"{ATTEMPTS}/{newest:06d}.json"))
-            raise FencedError(
-                f"{self.run.location}: attempt {self.number} stops, since attempt {newest} took the run over "
-                f"(process {who['pid']} on {who['host']}, {who['started']}); nothing was written after that"
-            )
+            raise self._fenced(newest)
+
+    def _fenced(self, newest: int) -> FencedError:
+        who = read_attempt(self.run, newest)
+        return FencedError(
+            f"{self.run.location}: attempt {self.number} stops, since attempt {newest} took the run over "
+            f"(process {who['pid']} on {who['host']}, {who['started']}); nothing was written after that"
+        )
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file of the run, unless a newer attempt owns it."""
@@ -87,9 +111,36 @@ class Attempt:
         self.run.write(name, content)
 
 
+def _claim(run: Storage, content: Mapping[str, Any], successor_of: Attempt | None = None) -> int:
+    """Write the next attempt's file, so that it owns the run.
+
+    Args:
+        successor_of: claim only where the newest attempt is of the same command.
+    """
+    while True:
+        newest = newest_attempt(run)
+        if successor_of is not None and read_attempt(run, newest)["command"] != content["command"]:
+            raise successor_of._fenced(newest)
+        token = uuid.uuid4().hex
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        name = f"{ATTEMPTS}/{newest + 1:06d}.json"
+        try:
+            run.write(name, json.dumps({**content, **who, "token": token}, indent=1), exclusive=True)
+        except FileExistsError:
+            continue
+        # Object stores have no exclusive write: of two that wrote the same number, the last one has it.
+        if read_attempt(run, newest + 1)["token"] == token:
+            return newest + 1
+
+
 def newest_attempt(run: Storage) -> int:
     """Highest number of an attempt at this run; 0 where there was none."""
     return max((int(name[:6]) for name in run.names(ATTEMPTS) if name[:6].isdigit()), default=0)
+
+
+def read_attempt(run: Storage, number: int) -> dict[str, Any]:
+    """What an attempt wrote when it began: its host and process, and the run's identity."""
+    return _read_json(run, f"{ATTEMPTS}/{number:06d}.json", "set run.on_existing=replace to begin the run anew")
 
 
 def refuse_changed(run: Storage, identity: Mapping[str, Any]) -> None:
@@ -97,7 +148,7 @@ def refuse_changed(run: Storage, identity: Mapping[str, Any]) -> None:
     newest = newest_attempt(run)
     if newest == 0:
         return
-    before = json.loads(run.read_text(f"{ATTEMPTS}/{newest:06d}.json"))
+    before = read_attempt(run, newest)
     old, new = cfg.flatten(before["recipe"]), cfg.flatten(identity["recipe"])
     changes = [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
@@ -136,9 +187,16 @@ class History:
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add rows; on a local filesystem they are in the file at once, elsewhere at the next `flush`."""
         self.rows += rows
-        if self._stream is not None:
-            self._stream.writelines(json.dumps(row) + "\n" for row in rows)
+        if self._stream is None:
+            return
+        try:
+            self._stream.write("".join(json.dumps(row) + "\n" for row in rows))
             self._stream.flush()
+        except OSError as error:
+            stream, self._stream = self._stream, None
+            with suppress(OSError):  # it would try to write the rest once more
+                stream.close()
+            raise StorageError(f"{self._attempt.run.location}/{HISTORY}: can't be written: {error}") from error
 
     def flush(self) -> None:
         """Write the whole history, unless a newer attempt owns the run."""

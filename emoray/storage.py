@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from emoray.errors import StorageError
+
+_STAGING, _OLD, _WRITING = HALF_DONE = (".staging-", ".old-", ".writing-")
+"""How the names of files and folders begin that a writer hasn't finished."""
 
 
 def is_uri(location: str) -> bool:
@@ -109,13 +113,34 @@ class Storage:
         data = content.encode("utf-8") if isinstance(content, str) else content
         with self._told(name, "written"):
             if self.local_path is not None:
-                _write_local(self.local_path / name, data, exclusive)
-                return
-            if exclusive and self.exists(name):
-                raise FileExistsError(name)
-            self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
-            with self._fs.open_output_stream(self._path(name), compression=None) as stream:
-                stream.write(data)
+                written = _write_local(self.local_path / name, data, exclusive)
+            else:
+                written = not (exclusive and self.exists(name))
+                if written:
+                    self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
+                    with self._fs.open_output_stream(self._path(name), compression=None) as stream:
+                        stream.write(data)
+        if not written:  # an answer, not a failure of the filesystem
+            raise FileExistsError(name)
+
+    def must_be_writable(self) -> None:
+        """Find out before work starts whether the folder can be made and written; nothing is left there.
+
+        Raises:
+            StorageError: with what is in the way.
+        """
+        if self.local_path is None:
+            probe = f".writable-{uuid.uuid4().hex}"
+            self.write(probe, b"")
+            self.delete(probe)
+            return
+        for place in (self.local_path, *self.local_path.parents):
+            if place.exists() or place.is_symlink():
+                break
+        if not place.is_dir():
+            raise StorageError(f"{self.location}: can't be written: {place} is no folder; choose another place")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise StorageError(f"{self.location}: can't be written: you may not write in {place}; choose another place")
 
     def delete(self, folder: str) -> None:
         """Remove a folder or file with all it holds; nothing happens where there is none."""
@@ -131,15 +156,25 @@ class Storage:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """An empty local folder to fill before `publish`; on the same filesystem where that is local."""
-        if self.local_path is not None:
-            with self._told("", "written"):
-                self.local_path.mkdir(parents=True, exist_ok=True)
         with self._told("", "written"):
-            stage = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.local_path))
+            parent = Path(tempfile.gettempdir()) if self.local_path is None else self.local_path
+            stage = parent / f"{_STAGING}{uuid.uuid4().hex}"  # not mkdtemp, whose folders only their owner can read
+            stage.mkdir(parents=True)
         try:
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a writer that was killed left half done."""
+        if self.local_path is None:
+            return
+        for pattern in HALF_DONE:
+            for path in self.local_path.glob(f"{pattern}*"):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def publish(self, stage: Path, name: str, last: str) -> None:
         """Make a staged folder visible as `name`; an existing one is replaced.
@@ -153,7 +188,7 @@ class Storage:
                     _sync(file)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():
-                    old = Path(tempfile.mkdtemp(prefix=".old-", dir=self.local_path))
+                    old = Path(tempfile.mkdtemp(prefix=_OLD, dir=self.local_path))
                     target.rename(old / "folder")
                     stage.rename(target)
                     shutil.rmtree(old, ignore_errors=True)
@@ -161,6 +196,7 @@ class Storage:
                     stage.rename(target)
                 _sync(target.parent)
                 return
+            self.delete(name)  # files that only the old one had would stay
             paths = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
             for path in sorted(paths, key=lambda p: p == last):
                 self._upload(stage / path, f"{name}/{path}")
@@ -179,22 +215,25 @@ class Storage:
                     shutil.copyfileobj(stream, writer, 1 << 20)
 
 
-def _write_local(path: Path, data: bytes, exclusive: bool) -> None:
+def _write_local(path: Path, data: bytes, exclusive: bool) -> bool:
+    """Write a file through a temporary one beside it; False where `exclusive` found one in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    temporary = path.parent / f"{_WRITING}{uuid.uuid4().hex}"  # not mkstemp, whose files only their owner can read
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        if exclusive:
-            os.link(temporary, path)  # fails where the path exists, unlike a rename
-        else:
+        if not exclusive:
             os.replace(temporary, path)
-            return
+            return True
+        try:
+            os.link(temporary, path)  # fails where the path exists, unlike a rename
+        except FileExistsError:
+            return False
+        return True
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from emoray import __version__, data
 from emoray.config import TrainConfig
-from emoray.errors import DataError
+from emoray.errors import ModelError
 from emoray.tokens import Tokens, tokenize_cached, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda _: None) ->
     hf_config = model.load_config(config.model, dataset.labels)
     tokenizer = model.load_tokenizer(config.model.pretrained)
     if len(tokenizer) > hf_config.vocab_size:
-        raise DataError(
-            config.model.pretrained,
-            [f"the tokenizer has {len(tokenizer)} pieces, but the encoder has rows for {hf_config.vocab_size}"],
+        raise ModelError(
+            f"{config.model.pretrained}: the tokenizer has {len(tokenizer)} pieces, but the encoder has rows for "
+            f"{hf_config.vocab_size}: give the tokenizer that belongs to the encoder"
         )
     say(f"Tokenising {sum(len(split.texts) for split in dataset.splits.values())} texts")
     parts = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,20 +73,28 @@ def tokenize_cached(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ma
 
     The cache lies in `$EMORAY_CACHE`, else `~/.cache/emoray`; where it can't be written, nothing is kept.
     """
-    key = hashlib.sha256(f"1 {max_length} {tokenizer_digest(tokenizer)}\n".encode())
+    key = hashlib.sha256(f"2 {max_length} {tokenizer_digest(tokenizer)}\n".encode())
     for text in texts:
-        key.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        encoded = text.encode("utf-8", "surrogatepass")
+        key.update(b"%d:" % len(encoded) + encoded)
     folder = Path(os.environ.get("EMORAY_CACHE") or Path.home() / ".cache" / "emoray") / "tokens" / key.hexdigest()[:32]
     names = ("ids", "offsets", "truncated")
     try:
-        return Tokens(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
-    except (OSError, ValueError):
-        tokens = tokenize(texts, tokenizer, max_length)
+        kept = Tokens(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+        if len(kept) == len(kept.truncated) == len(texts) and kept.offsets[-1] == len(kept.ids):
+            return kept
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or damaged
+    tokens = tokenize(texts, tokenizer, max_length)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             for name in names:
-                np.save(Path(temporary) / f"{name}.npy", getattr(tokens, name))
+                with (Path(temporary) / f"{name}.npy").open("wb") as file:
+                    np.save(file, getattr(tokens, name))
+                    file.flush()
+                    os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
             Path(temporary).mkdir()  # TemporaryDirectory wants to remove it
     except OSError:
@@ -157,7 +166,8 @@ class BatchPlan:
         for place, length in enumerate(self.lengths[rows]):
             owners[place] = np.argmin(loads)
             loads[owners[place]] += length
-        return rows[owners == rank]
+        mine: NDArray[np.int64] = rows[owners == rank]
+        return mine
 
     def micro_batches(self, step: int, rank: int, num_workers: int) -> list[NDArray[np.int64]]:
         """A worker's share in pieces that fit `micro_batch_tokens`; similar lengths lie together."""

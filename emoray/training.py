@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emoray import checkpoint, metrics
-from emoray.errors import FencedError, InterruptedRunError, NotFiniteError, StorageError
+from emoray.errors import CheckpointError, FencedError, InterruptedRunError, NotFiniteError, StorageError
 from emoray.learner import OPTIMIZER, WEIGHTS, Learner
 from emoray.run import Attempt, History
 from emoray.saving import Saver
@@ -47,7 +48,7 @@ class Control(Protocol):
         """Asked after each step, on every worker; must not block."""
 
     def tell(self, event: dict[str, Any]) -> None:
-        """What happened: a row of the history, an evaluation, a sentence; must not block."""
+        """What happened; must not block. `kind` is start, row, evaluation or note."""
 
 
 class Alone:
@@ -73,6 +74,11 @@ class Progress:
     step: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+
+    @staticmethod
+    def read(folder: Path) -> Progress:
+        """The progress that a checkpoint was written at."""
+        return Progress(**json.loads((folder / PROGRESS).read_text()))
 
     def best(self, metric: str) -> dict[str, Any] | None:
         """The best evaluation so far, the earliest of equals."""
@@ -104,13 +110,16 @@ def train(
         NotFiniteError: the loss is NaN or infinite.
         StorageError: the run's folder can't be written.
     """
-    folder = find_start(attempt.run, world, control)
-    progress = Progress() if folder is None else Progress(**json.loads((folder / PROGRESS).read_text()))
+    if world.writes:
+        attempt.check()
+        attempt.run.sweep()
+    folder = find_start(attempt.run, world, control, task.config.training.metric_for_best_model)
+    progress = Progress() if folder is None else Progress.read(folder)
     learner = Learner(task, state if folder is None else load_file(folder / WEIGHTS), world)
     if folder is not None:
         learner.load(folder, progress.step)
     if world.writes:
-        control.tell({"start": progress.step, "workers": world.size})
+        control.tell({"kind": "start", "step": progress.step, "workers": world.size})
     loop = _Loop(learner, progress, attempt, control)
     try:
         loop.run()
@@ -123,24 +132,52 @@ def train(
     return learner, progress
 
 
-def find_start(run: Storage, world: World, control: Control) -> Path | None:
-    """A local folder with the last good checkpoint, on each worker; None where the run begins."""
-    found: tuple[Path | None, list[str]] = checkpoint.newest_good(run) if world.writes else (None, [])
-    for sentence in found[1]:
-        control.tell({"note": f"Not used: {sentence}"})
-    name = world.agree(None if found[0] is None else found[0].name)
-    if name is None:
-        return None
-    if world.writes:
-        return found[0]
+def find_start(run: Storage, world: World, control: Control, metric: str) -> Path | None:
+    """A local folder with the checkpoint to go on from, on each worker; None where the run begins.
+
+    Args:
+        metric: the one that picks the best checkpoint.
+    """
+    folder, damaged = _last_good(run, metric) if world.writes else (None, [])
+    for sentence in damaged:
+        control.tell({"kind": "note", "text": f"Not used: {sentence}"})
+    step = world.agree(None if folder is None else Progress.read(folder).step)
+    if step is None or world.writes:
+        return folder
+    name = checkpoint.name_of(step)
     if run.local_path is None:
-        return checkpoint.fetch(run, f"{checkpoint.FOLDER}/{name}")
-    folder = run.local_path / checkpoint.FOLDER / name
-    if not folder.is_dir():
+        return checkpoint.fetch(run, name)
+    if not (run.local_path / name).is_dir():
         raise StorageError(
-            f"{world.host} can't see {folder}, which another node wrote: run.storage_path must be shared"
+            f"{world.host} can't see {run.local_path / name}, which another node wrote: run.storage_path must be shared"
         )
-    return folder
+    return run.local_path / name
+
+
+def _last_good(run: Storage, metric: str) -> tuple[Path | None, list[str]]:
+    """The last checkpoint that is whole, and what is wrong with others.
+
+    The run may end with the weights of an evaluation that lies behind: where that checkpoint is damaged, it is made
+    again from one before it. (Object stores keep sums of their own, and it would have to be downloaded to be read.)
+    """
+    damaged: list[str] = []
+    below: int | None = None
+    while True:
+        folder, found = checkpoint.newest_good(run, below)
+        damaged += found
+        if folder is None or run.local_path is None:
+            return folder, damaged
+        progress = Progress.read(folder)
+        best = progress.best(metric)
+        if best is None or best["step"] == progress.step:
+            return folder, damaged
+        try:
+            checkpoint.fetch(run, checkpoint.name_of(best["step"]))
+        except CheckpointError as error:
+            damaged.append(str(error))
+            below = best["step"]
+        else:
+            return folder, damaged
 
 
 class _Loop:
@@ -153,7 +190,8 @@ class _Loop:
         self.saver = Saver()
         self.losses: list[Tensor] = []
         self.logged_at = self.saved_at = self.asked_at = time.monotonic()
-        self.saved_step = progress.step
+        self.saved_step = self.start = progress.step
+        self.written: set[int] = set()
 
     def run(self) -> None:
         progress, plan, total = self.progress, self.learner.plan, self.learner.total_steps
@@ -165,11 +203,12 @@ class _Loop:
             if wish == Wish.YIELD:
                 self.attempt.check()
                 raise FencedError(f"{self.attempt.run.location}: a newer attempt took the run over")
-            if evaluate or wish or len(self.losses) == self.config.logging_steps:
-                self._log()
+            save = evaluate or bool(wish) or progress.step - self.saved_step == self.config.checkpoint_every_steps
+            if save or len(self.losses) == self.config.logging_steps:
+                self._log()  # before saving: a run that goes on from there has no other way to know these losses
             if evaluate:
                 self._evaluate()
-            if evaluate or wish or progress.step - self.saved_step == self.config.checkpoint_every_steps:
+            if save:
                 self._save()
             if wish == Wish.STOP and progress.step < total:
                 self.saver.wait()
@@ -211,6 +250,7 @@ class _Loop:
         self.losses = []
         for step, loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss):
+                self.saver.wait()  # what it says of the last checkpoint goes first
                 raise NotFiniteError(self._not_finite(step, float(loss)))
         now = time.monotonic()
         seconds, self.logged_at = now - self.logged_at, now
@@ -228,14 +268,16 @@ class _Loop:
         ]
         if self.history is not None:
             self.history.append(rows)
-            self.control.tell({"row": rows[-1], "total_steps": self.learner.total_steps})
+            self.control.tell({"kind": "row", "row": rows[-1], "total_steps": self.learner.total_steps})
 
     def _not_finite(self, step: int, loss: float) -> str:
         rows = self.learner.task.parts["train"].rows[self.learner.plan.samples(step)]
         shown = ", ".join(str(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
-        kept = f"checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint was written yet"
+        kept = (
+            f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint was written yet"
+        )
         return (
-            f"The loss is {loss} at step {step + 1}, on the training rows {shown}; the {kept}. "
+            f"The loss is {loss} at step {step + 1}, on the training rows {shown}; {kept}. "
             "Lower training.learning_rate, set training.max_grad_norm, or look at these rows."
         )
 
@@ -256,7 +298,7 @@ class _Loop:
         assert entry is not None
         self.progress.evaluations.append(entry)
         if self.world.writes:
-            self.control.tell({"evaluation": entry})
+            self.control.tell({"kind": "evaluation", "entry": entry})
         self.logged_at = time.monotonic()  # evaluation is no training time
 
     def _save(self) -> None:
@@ -271,14 +313,31 @@ class _Loop:
         if self.history is not None and self.attempt.run.local_path is None:
             self.history.flush()
         weights, moments = self.learner.split(tensors)
+        self._must_be_finite(progress.step, weights)
         write_checkpoint(self.learner.task, progress, weights, moments, self.attempt)
+        self.written.add(progress.step)
         self._prune(progress)
 
+    def _must_be_finite(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """A gradient can overflow where the loss did not: the last good checkpoint must not be pushed out by that."""
+        lost = next((name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())), None)
+        if lost is not None:
+            good = checkpoint.steps(self.attempt.run)[-1:]
+            kept = f"the checkpoint of step {good[0]} is kept" if good else "no checkpoint was written yet"
+            raise NotFiniteError(
+                f"{lost} holds NaN or infinite weights after step {step}, although the losses before were finite; "
+                f"{kept}. Lower training.learning_rate or set training.max_grad_norm."
+            )
+
     def _prune(self, progress: Progress) -> None:
-        """Delete all checkpoints but the newest few and the best one."""
+        """Delete all checkpoints but the newest few and the best one.
+
+        Those after the step that this attempt went on from are damaged, unless it wrote them itself.
+        """
         best = progress.best(self.config.metric_for_best_model)
-        kept = checkpoint.steps(self.attempt.run)[-self.config.keep_checkpoints :]
-        for step in checkpoint.steps(self.attempt.run):
+        found = checkpoint.steps(self.attempt.run)
+        kept = [step for step in found if step <= self.start or step in self.written][-self.config.keep_checkpoints :]
+        for step in found:
             if step not in kept and (best is None or step != best["step"]):
                 self.attempt.run.delete(checkpoint.name_of(step))
 

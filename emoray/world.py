@@ -12,6 +12,15 @@ from numpy.typing import NDArray
 
 T = TypeVar("T")
 
+WORKER_ENVIRONMENT = {
+    # The C allocator keeps what was freed. With texts of all lengths it would give memory back to the kernel and ask
+    # for it again at every step, which takes a good part of one (mallopt(3); `make bench` sets it for emoray alone).
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+"""Environment variables that a worker's process must be started with."""
+
 
 class World:
     """All workers of a run, seen from one.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emoray import data, hub
+from emoray import data, data_hub, hub
 from emoray.config import DataConfig
 from emoray.data import Dataset, load, summary
 from emoray.errors import DataError

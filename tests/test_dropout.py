@@ -117,5 +117,5 @@ def test_begin_also_seeds_dropout_inside_torch_kernels():
 
 
 def test_negative_key_is_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="non-negative"):
         DropoutSource().begin(seed=-1, step=0, micro_batch=0)

@@ -80,7 +80,6 @@ def test_pack_lays_out_the_row():
     assert batch.position_ids.tolist() == [[0, 0, 1, 2, 0, 1, 2]]
     assert batch.first.tolist() == [1, 0, 4]
     assert (batch.lengths, batch.n_texts, batch.n_tokens) == ((1, 3, 3), 3, 7)
-    assert batch.blocks == ((0, 1, 1), (1, 2, 3))
     assert batch.offsets.tolist() == [0, 1, 4, 7]
 
 
@@ -181,36 +180,59 @@ def test_dropout_with_the_same_key_gives_the_same_gradients():
     assert not torch.equal(logits[0], logits[2])
 
 
+def test_blocks_hold_similar_lengths():
+    lengths = (1, 1, 2, 7, 8, 8, 14, 15, 16)
+    assert [lengths[begin:end] for begin, end in packing._similar(lengths)] == [(1, 1), (2,), (7, 8, 8), (14, 15, 16)]
+
+
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("dropped", [False, True])
-def test_block_attention_has_the_right_gradient(dropped):
-    batch = pack([np.zeros(n) for n in (3, 2, 3, 1)])
+def test_block_attention_has_the_right_gradient(dropped, first):
+    batch = pack([np.zeros(n) for n in (8, 2, 7, 8)])
+    layout = batch.layout(2)
+    assert layout.shapes == ((1, 2), (3, 8))
     torch.manual_seed(0)
-    states = [torch.randn(9, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    keep = (torch.rand(2 * (9 + 4 + 9 + 1), dtype=torch.float64) > 0.3) / 0.7 if dropped else None
+    states = [torch.randn(25, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    scores = 2 * (2 + 3 * 8) if first else 2 * (2**2 + 3 * 8**2)
+    keep = (torch.rand(scores, dtype=torch.float64) > 0.3) / 0.7 if dropped else None
 
     def attend(q, k, v):
-        return packing._BlockAttention.apply(q, k, v, keep, *batch.block_rows(2), batch.blocks, 0.5)
+        return packing._BlockAttention.apply(q, k, v, keep, layout, 0.5, first)
 
     assert torch.autograd.gradcheck(attend, states)
 
 
+def random_states(batch):
+    torch.manual_seed(0)
+    return [torch.randn(batch.n_tokens, 4, 8) for _ in range(3)]
+
+
 def test_attention_dropout_keeps_the_expectation():
     batch, p = pack(some_texts(8)), 0.3
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(batch.n_tokens, 4, 8) for _ in range(3))
-    exact = packing._by_length(q, k, v, batch, 0.35, None)
-    draws = torch.stack([packing._by_length(q, k, v, batch, 0.35, nn.Dropout(p)) for _ in range(400)])
+    states = random_states(batch)
+    exact = packing._in_blocks(*states, batch, 0.35, None, False)
+    draws = torch.stack([packing._in_blocks(*states, batch, 0.35, nn.Dropout(p), False) for _ in range(400)])
     assert (draws[0] - draws[1]).abs().max() > 0.1
     z = (draws.mean(0) - exact) / (draws.std(0) / 20 + 1e-6)
     assert z.square().mean() == pytest.approx(1, abs=0.1)
 
 
-def test_padded_block_for_gpus_equals_the_blocks_by_length():
+def test_padded_block_for_gpus_equals_the_blocks_of_the_cpu():
     batch = pack(some_texts())
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(batch.n_tokens, 4, 8) for _ in range(3))
-    found = packing._one_padded_block(q, k, v, batch, 0.35, 0.0)
-    torch.testing.assert_close(found, packing._by_length(q, k, v, batch, 0.35, None), atol=1e-5, rtol=0)
+    states = random_states(batch)
+    found = packing._one_padded_block(*states, batch, 0.35, 0.0)
+    torch.testing.assert_close(found, packing._in_blocks(*states, batch, 0.35, None, False), atol=1e-5, rtol=0)
+
+
+def test_bfloat16_by_autocast():
+    model, texts = tiny(), some_texts()
+    expected = padded_logits(model, texts)
+    enable_packing(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = packed_logits(model, pack(texts))
+    found.float().sum().backward()
+    scale = expected.std()
+    torch.testing.assert_close(found.float() / scale, expected / scale, atol=0.15, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -224,7 +246,9 @@ def test_gpu_equals_cpu(dtype):
 
 
 def test_what_is_not_packable():
-    model = DistilBertForSequenceClassification(DistilBertConfig(dim=32, n_heads=4, n_layers=1, hidden_dim=32, vocab_size=97))
+    model = DistilBertForSequenceClassification(
+        DistilBertConfig(dim=32, n_heads=4, n_layers=1, hidden_dim=32, vocab_size=97)
+    )
     assert not is_packable(model)
     assert not is_packable(nn.Linear(2, 2))
     assert not is_packable(tiny().bert)

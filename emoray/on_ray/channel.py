@@ -9,21 +9,27 @@ from typing import Any
 import ray
 
 from emoray.on_ray import ray_train
+from emoray.on_ray.cluster import on_this_node
 from emoray.training import Wish
 
 _ASK_EVERY_S = 0.2
+_LAST_CALL_S = 10.0
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
 class Channel:
-    """Keeps what the workers tell until the driver fetches it."""
+    """Keeps what the workers tell until the driver fetches it.
+
+    An actor that dies is started anew and has forgotten everything; the run goes on all the same.
+    """
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
-        self._stop = False
+        self._stop = self._pause = self._rest = False
 
     def tell(self, event: dict[str, Any]) -> None:
         self._events.append(event)
+        if event["kind"] in {"start", "stopped", "results"}:
+            self._rest = event["kind"] != "start"
 
     def fetch(self) -> list[dict[str, Any]]:
         """The events since the last call, in order."""
@@ -34,8 +40,25 @@ class Channel:
         """Have the workers save a checkpoint and stop."""
         self._stop = True
 
+    def pause(self) -> None:
+        """As `stop`, until `go_on`: other workers will take the place of these."""
+        self._pause = True
+
+    def go_on(self) -> None:
+        self._pause = False
+
     def stopping(self) -> bool:
-        return self._stop
+        return self._stop or self._pause
+
+    def resting(self) -> bool:
+        """Whether the workers have done their last step, all saved."""
+        return self._rest
+
+
+def open_channel() -> Any:
+    """The handle of a new channel. It lives on the driver's node: the loss of another node must not take it along."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1, label_selector=on_this_node())(Channel)
+    return actor.remote()
 
 
 class Leaving:
@@ -45,21 +68,24 @@ class Leaving:
         self._told = False
         self._last_call = False
 
-    def announced(self) -> bool:
-        """True at the first look after a notice, and once more shortly before the deadline that came with it."""
+    def announced(self) -> str | None:
+        """A sentence at the first look after a notice, and once more shortly before the deadline that came with it."""
         if ray_train.terminated.is_set():
             ray_train.terminated.clear()
-            return True
+            return "A worker got SIGTERM: saving a checkpoint"
         notice = ray_train.preemption()
         if notice is None:
-            return False
+            return None
+        left = notice.deadline_ms / 1000 - time.time() if notice.deadline_ms else None
         if not self._told:
             self._told = True
-            return True
-        if not self._last_call and notice.deadline_ms and notice.deadline_ms / 1000 - time.time() < 10:
+            self._last_call = left is not None and left < _LAST_CALL_S
+            when = "" if left is None else f" in {max(left, 0):.0f} s"
+            return f"A node of this run will be taken away{when}: saving a checkpoint"
+        if not self._last_call and left is not None and left < _LAST_CALL_S:
             self._last_call = True
-            return True
-        return False
+            return "The node will be taken away any moment: saving a checkpoint once more"
+        return None
 
 
 class WorkerControl:
@@ -79,7 +105,12 @@ class WorkerControl:
     def wish(self) -> Wish:
         if self._asks and self._stop_wished():
             return Wish.STOP
-        return Wish.SAVE if self._leaving.announced() else Wish.GO_ON
+        notice = self._leaving.announced()
+        if notice is None:
+            return Wish.GO_ON
+        if self._asks:  # all workers see it
+            self.tell({"kind": "note", "text": notice})
+        return Wish.SAVE
 
     def _stop_wished(self) -> bool:
         """The answer to the last question, once it is there; a lost actor wishes nothing."""

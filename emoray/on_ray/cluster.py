@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -16,8 +21,12 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a worker's end is noticed in half a second, not two
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a notice of preemption often comes only seconds ahead
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # so often is told that there is still no room for the workers
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+_KNOCK_S = 10.0
+"""How long the host of a named cluster may take to accept a connection, in seconds."""
 
 _BUSY_S = 60
 """How long resources that the cluster has may be held by others before that is an error, in seconds."""
@@ -57,31 +66,64 @@ def connect() -> bool:
     Raises:
         ClusterError: where the named cluster can't be reached.
     """
+    for name, value in _SETTINGS.items():  # what runs with an earlier ray.init() reads them too, when it starts
+        os.environ.setdefault(name, value)
+    _hush()
     if ray.is_initialized():
         return False
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     try:
-        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, namespace="emoray")
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        if address:
+            _knock(address)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, namespace="emoray")
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = str(error).strip().split("\n")[0]
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a Ray cluster"
         raise ClusterError(
             f"Can't reach {where}: {reason}. Check that it runs, and RAY_AUTH_MODE and its token."
         ) from None
-    return address is None and bool(context.address_info.get("session_dir")) and _started_here()
-
-
-def _started_here() -> bool:
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler ends with status 15; whoever asked for the end expects 143.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     return ray._private.worker._global_node is not None and ray._private.worker._global_node.is_head()
 
 
-def place(workers: WorkersConfig, say: Callable[[str], None]) -> Placement:
-    """Decide what each worker gets, and wait until the cluster has it.
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens at `host:port`: `ray.init` would try for a quarter of an hour."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():  # not so `auto` and `local`, which need no port
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+
+
+_REPLACED = ("A worker died or was killed", "Raylet is terminated", "The node with node id")
+"""How Ray's own words on dead workers and nodes begin: ours say which worker, where, at which step, what follows."""
+
+
+def _hush() -> None:
+    """Keep Ray from printing what we say better, with pages of its logs; all else that it has to say is printed."""
+    from ray._private import worker
+
+    print_all = worker.print_to_stdstream
+
+    def print_the_rest(data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = [line for line in data["lines"] if not line.startswith(_REPLACED)]
+        if lines:
+            print_all({**data, "lines": lines}, ignore_prefix)
+
+    if print_all.__name__ != print_the_rest.__name__:
+        worker.print_to_stdstream = print_the_rest
+
+
+def on_this_node() -> dict[str, str]:
+    """Label selector for an actor that must live as long as this process."""
+    return {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+
+
+def place(workers: WorkersConfig) -> Placement:
+    """Decide what each worker gets.
 
     Raises:
-        ClusterError: says what was asked and what there is; at once, unless `wait_for_nodes_s` lets nodes come.
+        ClusterError: says what was asked and what there is, unless `wait_for_nodes_s` lets nodes come.
     """
     nodes = _nodes()
     use_gpu = any(node.get("GPU", 0) for node in nodes) if workers.use_gpu == "auto" else workers.use_gpu
@@ -90,14 +132,16 @@ def place(workers: WorkersConfig, say: Callable[[str], None]) -> Placement:
     room = sum(_fits(node, placement.resources) for node in nodes)
     if room < workers.min_workers and not workers.wait_for_nodes_s:
         raise ClusterError(_too_little(workers, placement, nodes, room))
-    _wait_for_room(workers, placement, say)
     return placement
 
 
-def _wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[str], None]) -> None:
+def wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[str], None]) -> None:
     """Ask for a placement group of the smallest size, which also asks an autoscaler, and give it back.
 
     Ray Train would wait without a word, and for an elastic run without an end.
+
+    Raises:
+        ClusterError: where there is no room within the time that the config gives.
     """
     limit = max(workers.wait_for_nodes_s, _BUSY_S)
     group = ray.util.placement_group([placement.resources] * placement.min_workers)

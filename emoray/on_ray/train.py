@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,27 +19,27 @@ from ray.train.torch import TorchConfig
 from emoray import model, run
 from emoray.config import TrainConfig
 from emoray.errors import EmorayError, InterruptedRunError, RunError, RunExistsError
-from emoray.on_ray import cluster, ray_train
-from emoray.on_ray.channel import Channel
+from emoray.on_ray import cluster, elastic, ray_train
+from emoray.on_ray.channel import open_channel
 from emoray.on_ray.cluster import Placement
+from emoray.on_ray.failures import Failures, describe, user_error
 from emoray.on_ray.worker import run_worker
 from emoray.storage import Storage, absolute, is_uri
 from emoray.task import Task, prepare
+from emoray.world import WORKER_ENVIRONMENT
 
 _POLL_S = 0.2
 _GRACE_S = 60.0
 """How long a stop may take to save a checkpoint before the workers are ended."""
 
-_ELASTIC_WAIT_S = 600.0
-"""How long an elastic run that lost its nodes waits for the smallest number of workers."""
+_ANSWER_S = 15.0
+"""After so long without an answer a cluster is taken to be gone, in seconds."""
 
-# Threads of the C allocator keep what they freed: with texts of all lengths, giving memory back to the kernel and
-# asking for it again takes a sixth of a step (measured; see docs/decisions.md).
-_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "67108864",
-}
+_ROOM_WAIT_S = 600.0
+"""How long a run that lost its nodes waits for room for its workers, in seconds."""
+
+_SILENCE_S = 300.0
+"""After so long without a word from the workers, that is told, in seconds."""
 
 
 class Watcher(Protocol):
@@ -70,6 +71,9 @@ def train(config: TrainConfig, watcher: Watcher) -> dict[str, Any]:
     folder = run.open_run(config)
     if config.run.on_existing == "fail" and folder.exists():
         raise RunExistsError(f"{folder.location}: exists, and run.on_existing is fail: choose another run.name")
+    folder.must_be_writable()
+    if config.run.on_existing == "replace":
+        run.refuse_foreign(folder)
     task = prepare(config, watcher.say)
     if config.run.on_existing != "replace":
         run.refuse_changed(folder, task.identity)
@@ -80,14 +84,17 @@ def train(config: TrainConfig, watcher: Watcher) -> dict[str, Any]:
     watcher.say(f"Loading {config.model.pretrained}")
     weights = model.load(config.model, task.labels, config.training.seed)
     with _ray(watcher) as dashboard:
-        placement = cluster.place(config.workers, watcher.say)
+        placement = cluster.place(config.workers)
         _say_placement(watcher, placement, dashboard)
         if config.run.on_existing == "replace":
-            folder.delete("")
+            run.clear(folder)
+        # Before there is room: an older attempt at this run may hold it, and lets go when it sees this one.
         attempt = run.Attempt.begin(folder, task.identity)
         attempt.write(run.CONFIG, config.to_yaml())
+        cluster.wait_for_room(config.workers, placement, watcher.say)
         state = {name: tensor.numpy() for name, tensor in weights.state_dict().items()}
-        return _Fit(task, state, folder, attempt.number, placement, watcher).run()
+        with tempfile.TemporaryDirectory(prefix="emoray-ray-", ignore_cleanup_errors=True) as scratch:
+            return _Fit(task, state, folder, attempt.number, placement, scratch, watcher).run()
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -132,18 +139,27 @@ class _Fit:
     """One call of Ray Train, watched from the main thread, so that signals stop it in good order."""
 
     def __init__(
-        self, task: Task, state: dict[str, Any], folder: Storage, attempt: int, placement: Placement, watcher: Watcher
+        self,
+        task: Task,
+        state: dict[str, Any],
+        folder: Storage,
+        attempt: int,
+        placement: Placement,
+        scratch: str,
+        watcher: Watcher,
     ) -> None:
         self.watcher, self.folder = watcher, folder
         self.max_failures = task.config.workers.max_failures
-        self.channel: Any = Channel.remote()  # type: ignore[attr-defined]
+        self.channel = open_channel()
         self.results: dict[str, Any] | None = None
         self.stopped: str | None = None
         self.error: BaseException | None = None
-        self.workers: dict[int, str] = {}
+        self.failure: dict[str, Any] | None = None
         self.step = 0
-        self.signal: int | None = None
-        failures = FailureConfig(max_failures=self.max_failures, controller_failure_limit=2)
+        self.heard_at = self.answered_at = time.monotonic()
+        self.signals: list[int] = []
+        self.asked_at: float | None = None
+        config = FailureConfig(max_failures=self.max_failures)
         job = {
             "task": ray.put(task),
             "state": ray.put(state),
@@ -152,48 +168,49 @@ class _Fit:
             "channel": self.channel,
             "cpus": placement.cpus,
         }
-        elastic = placement.min_workers < placement.max_workers
+        room_wait_s = max(_ROOM_WAIT_S, task.config.workers.wait_for_nodes_s)
         self.trainer = ray_train.Trainer(
             run_worker,
             train_loop_config=job,
             torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=(placement.min_workers, placement.max_workers) if elastic else placement.max_workers,
-                use_gpu=placement.use_gpu,
-                resources_per_worker=placement.resources,
-            ),
+            scaling_config=_scaling(placement),
             run_config=RunConfig(
                 name=f"{task.config.run.name}-{attempt}",
                 # Ray's own marker file goes here; checkpoints are ours, in the run's folder.
-                storage_path=tempfile.mkdtemp(prefix="emoray-ray-"),
-                failure_config=failures,
-                worker_runtime_env={"env_vars": _ALLOCATOR},
+                storage_path=scratch,
+                failure_config=config,
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
                 callbacks=[
                     ray_train.CatchSigterm(),
-                    ray_train.Whereabouts(self.channel),
-                    ray_train.Brake(_ELASTIC_WAIT_S),
+                    elastic.SaveBeforeResize(self.channel),
+                    elastic.Brake(self.channel, room_wait_s),
                 ],
             ),
         )
-        self.trainer.policy = ray_train.Failures(failures, self.channel)
+        self.trainer.policy = Failures(config, self.channel, room_wait_s)
 
     def run(self) -> dict[str, Any]:
         thread = threading.Thread(target=self._fit, daemon=True, name="ray-train")
         with self._signals():
             thread.start()
-            asked_at: float | None = None
             while thread.is_alive():
                 thread.join(_POLL_S)
                 self._show()
-                if self.signal is not None and asked_at is None:
-                    asked_at = time.monotonic()
-                    self.watcher.say("Stopping: saving a checkpoint first (once more to stop at once)")
-                    self.channel.stop.remote()
-                if asked_at is not None and (time.monotonic() - asked_at > _GRACE_S or self.signal == -1):
+                self.answered_at = time.monotonic()
+                if self.signals and self._stop():
                     self.trainer.end()
                     break
             self._show()
+            self.answered_at = math.inf
         return self._outcome()
+
+    def _stop(self) -> bool:
+        """Ask for a checkpoint and a stop; True once there was time enough for it, or a second signal."""
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
+            self.watcher.say("Stopping: saving a checkpoint first (once more to stop at once)")
+        self.channel.stop.remote()  # each time, for an actor that was started anew has forgotten it
+        return len(self.signals) > 1 or time.monotonic() - self.asked_at > _GRACE_S
 
     def _fit(self) -> None:
         try:
@@ -209,7 +226,8 @@ class _Fit:
             return
 
         def note(number: int, _: object) -> None:
-            self.signal = number if self.signal is None else -1
+            self.signals.append(number)
+            threading.Thread(target=self._leave_where_ray_is_gone, daemon=True).start()
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -218,63 +236,80 @@ class _Fit:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _leave_where_ray_is_gone(self) -> None:
+        """End the process where the signal went to Ray's processes too: its calls hang for a minute then.
+
+        The workers got the signal as well, and have saved a checkpoint.
+        """
+        while time.monotonic() - self.answered_at < _ANSWER_S:
+            time.sleep(0.5)
+        self.watcher.say("Stopped together with Ray; the same command goes on from the last checkpoint.")
+        os._exit(128 + self.signals[0])
+
     def _show(self) -> None:
+        """Tell what has happened since the last call."""
         try:
-            events = ray.get(self.channel.fetch.remote(), timeout=10)
+            events = ray.get(self.channel.fetch.remote(), timeout=_ANSWER_S)
         except (ray.exceptions.RayError, TimeoutError):
-            return
+            return  # the actor is being started anew
         for event in events:
-            for kind, value in event.items():
-                handler: Callable[[Any, dict[str, Any]], None] | None = getattr(self, f"_on_{kind}", None)
-                if handler is not None:
-                    handler(value, event)
+            getattr(self, f"_on_{event['kind']}")(event)
+        self._mind_silence(heard=bool(events))
 
-    def _on_note(self, value: str, _: dict[str, Any]) -> None:
-        self.watcher.say(value)
+    def _mind_silence(self, heard: bool) -> None:
+        now = time.monotonic()
+        if heard:
+            self.heard_at = now
+        elif now - self.heard_at > _SILENCE_S:
+            self.heard_at = now
+            self.watcher.say(
+                f"No word from the workers for {_SILENCE_S / 60:g} min; the last one was of step {self.step}"
+            )
 
-    def _on_workers(self, value: dict[int, str], _: dict[str, Any]) -> None:
-        self.workers = value
+    def _on_note(self, event: dict[str, Any]) -> None:
+        self.watcher.say(event["text"])
 
-    def _on_start(self, value: int, event: dict[str, Any]) -> None:
-        """The workers are about to take the step after `value`."""
-        self.step = value
-        count = event["workers"]
-        if value:
-            self.watcher.say(f"Going on from step {value} with {count} worker{'s' * (count > 1)}")
+    def _on_start(self, event: dict[str, Any]) -> None:
+        self.step, count = event["step"], event["workers"]
+        workers = f"{count} worker{'s' * (count > 1)}"
+        if self.step:
+            self.watcher.say(f"Going on from step {self.step} with {workers}")
+        elif self.failure is not None:
+            self.watcher.say(f"Starting again from step 0 with {workers}, since no checkpoint had been written")
 
-    def _on_row(self, value: dict[str, Any], event: dict[str, Any]) -> None:
-        self.step = value["step"]
-        self.watcher.row(value, event["total_steps"])
+    def _on_row(self, event: dict[str, Any]) -> None:
+        self.step = event["row"]["step"]
+        self.watcher.row(event["row"], event["total_steps"])
 
-    def _on_evaluation(self, value: dict[str, Any], _: dict[str, Any]) -> None:
-        self.watcher.evaluation(value)
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        self.watcher.evaluation(event["entry"])
 
-    def _on_failure(self, value: dict[str, Any], event: dict[str, Any]) -> None:
+    def _on_failure(self, event: dict[str, Any]) -> None:
+        self.failure = event
         if event["final"]:
             return
-        rank = value["rank"]
-        who = "The run" if rank is None else f"Worker {rank} on {self.workers.get(rank, 'an unknown node')}"
-        then = (
-            f"attempt {event['failures'] + 1} of {self.max_failures + 1} follows"
-            if event["retry"]
-            else "no attempt is left"
-        )
-        self.watcher.say(f"{who} failed after step {self.step}: {value['reason']}; {then}")
+        if not event["retry"]:
+            then = "no attempt is left" if event["spent"] else "it is given up"
+        elif event["spent"]:
+            then = f"attempt {event['attempt'] + 1} of {self.max_failures + 1} follows"
+        else:
+            then = "the run is taken up again, no attempt is spent"
+        self.watcher.say(f"{event['who']} failed after step {self.step}: {event['reason']}; {then}")
 
-    def _on_stopped(self, value: str, _: dict[str, Any]) -> None:
-        self.stopped = value
+    def _on_stopped(self, event: dict[str, Any]) -> None:
+        self.stopped = event["text"]
 
-    def _on_results(self, value: dict[str, Any], _: dict[str, Any]) -> None:
-        self.results = value
+    def _on_results(self, event: dict[str, Any]) -> None:
+        self.results = event["results"]
 
     def _outcome(self) -> dict[str, Any]:
         if self.results is not None:
             return self.results
-        if self.signal is not None:
+        if self.signals:
             error = InterruptedRunError(self.stopped or "Stopped; the same command goes on from the last checkpoint.")
-            error.signal = signal.SIGINT if self.signal == -1 else self.signal
+            error.signal = self.signals[0]
             raise error
-        mendable = ray_train.user_error(self.error) if self.error is not None else None
+        mendable = user_error(self.error)
         if isinstance(self.error, EmorayError):
             mendable = self.error
         if mendable is not None:
@@ -282,7 +317,21 @@ class _Fit:
         if self.error is None and (done := run.results(self.folder)) is not None:
             return done  # the actor that carries the results was lost
         raise RunError(
-            f"The run failed {self.max_failures + 1} time{'s' * (self.max_failures > 0)} and is given up: "
-            f"{ray_train.summary(self.error, self.workers)}. "
+            f"The run is given up ({self._last_failure()}; workers.max_failures={self.max_failures}). "
             "The same command goes on from the last checkpoint."
         ) from self.error
+
+    def _last_failure(self) -> str:
+        if self.failure is not None:
+            return f"{self.failure['who']}: {self.failure['reason']}"
+        return ": ".join(describe(self.error, {})) if self.error is not None else "Ray Train ended without a result"
+
+
+def _scaling(placement: Placement) -> ScalingConfig:
+    is_elastic = placement.min_workers < placement.max_workers
+    return ScalingConfig(
+        num_workers=(placement.min_workers, placement.max_workers) if is_elastic else placement.max_workers,
+        use_gpu=placement.use_gpu,
+        resources_per_worker=placement.resources,
+        **({"elastic_resize_monitor_interval_s": elastic.RESIZE_EVERY_S} if is_elastic else {}),
+    )

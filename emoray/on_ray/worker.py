@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import ray
@@ -16,6 +17,9 @@ from emoray.run import ATTEMPTS, Attempt
 from emoray.storage import Storage
 from emoray.training import train
 from emoray.world import World
+
+_BLAME_S = 10.0
+"""How long a worker that was broken off keeps quiet, so that Ray finds the dead one first, in seconds."""
 
 
 def run_worker(job: dict[str, Any]) -> None:
@@ -32,19 +36,36 @@ def run_worker(job: dict[str, Any]) -> None:
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     _set_up_torch(job["cpus"], world.device)
     control = WorkerControl(job["channel"], asks=world.writes, leaving=Leaving())
-    attempt = Attempt(Storage(job["run"]), job["attempt"])
-    _must_see(attempt, world)
-    task, state = ray.get([job["task"], job["state"]])
     try:
+        attempt = _next_attempt(Attempt(Storage(job["run"]), job["attempt"]), world)
+        task, state = ray.get([job["task"], job["state"]])
         learner, progress = train(task, as_tensors(state), world, attempt, control)
+        results = finish(learner, progress, attempt)
     except InterruptedRunError as error:
         # No failure: Ray must not try again what a person stopped.
         if world.writes:
-            control.tell({"stopped": str(error)})
+            control.tell({"kind": "stopped", "text": str(error)})
         return
-    results = finish(learner, progress, attempt)
+    except StorageError as error:
+        raise StorageError(f"Node {world.host} ({ray.util.get_node_ip_address()}): {error}") from error
+    except RuntimeError as error:
+        if _broken_off(error):
+            time.sleep(_BLAME_S)
+        raise
     if results is not None:
-        control.tell({"results": results})
+        control.tell({"kind": "results", "results": results})
+
+
+def _next_attempt(attempt: Attempt, world: World) -> Attempt:
+    """An attempt of these workers' own: workers before them may live on, cut off by a broken network."""
+    _must_see(attempt)
+    number = world.agree(attempt.again().number if world.writes else 0)
+    return Attempt(attempt.run, number)
+
+
+def _broken_off(error: RuntimeError) -> bool:
+    """Whether another worker's end broke off a word between workers; that one is to blame, and Ray sees it soon."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _set_up_torch(cpus: int, device: torch.device) -> None:
@@ -56,10 +77,11 @@ def _set_up_torch(cpus: int, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _must_see(attempt: Attempt, world: World) -> None:
-    """Raises StorageError where this node doesn't see what the driver wrote."""
+def _must_see(attempt: Attempt) -> None:
+    """Raises StorageError where this node doesn't see what the driver wrote, or can't write beside it."""
     if not attempt.run.exists(f"{ATTEMPTS}/{attempt.number:06d}.json"):
         raise StorageError(
-            f"Node {world.host} ({ray.util.get_node_ip_address()}) can't see the run's folder {attempt.run.location}: "
+            f"can't see the run's folder {attempt.run.location}: "
             "set run.storage_path to a place that every node can write, e.g. NFS or s3://"
         )
+    attempt.run.must_be_writable()

@@ -1,0 +1,221 @@
+"""`emoray doctor` on a config: is it valid, is what it names in reach, does it fit, does one step run?"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from emoray.doctor_findings import Case, Finding, gib, ok, problem, warning
+from emoray.doctor_machine import existing, free_memory
+from emoray.errors import ConfigError, DataError, EmorayError, StorageError
+
+if TYPE_CHECKING:
+    from emoray.task import Task
+
+STEP_LIMIT_S = 60.0
+"""How long the one step may take, loading included, in seconds."""
+
+_MOST_CUT = 0.05
+"""Share of texts cut to max_length above which that is told."""
+
+
+def config(case: Case) -> Iterator[Finding]:
+    from emoray.config import load
+
+    if not case.has_config:
+        return
+    name = case.path or "overrides"
+    try:
+        case.config = load(case.path, case.overrides)
+    except ConfigError as error:
+        remedy = "correct these keys; emoray show CONFIG prints a config as it is understood"
+        yield problem("config", "; ".join(error.problems), remedy)
+    else:
+        yield ok("config", f"{name} is valid")
+
+
+def storage(case: Case) -> Iterator[Finding]:
+    """Storage as this process sees it; the cluster's nodes are asked where one is joined.
+
+    A nameless file is really written: permissions alone say nothing to root, on NFS, or where a quota is used up.
+    """
+    from emoray.storage import Storage
+
+    try:
+        folder = Storage(case.storage_path)
+        folder.must_be_writable()
+        if folder.local_path is not None:
+            with tempfile.TemporaryFile(dir=existing(folder.local_path)) as probe:
+                probe.write(b"x")
+    except (StorageError, OSError) as error:
+        yield problem("storage", str(error), "set run.storage_path to a folder or URI that you may write")
+    else:
+        yield ok("storage", f"{case.storage_path} can be written")
+
+
+def token_cache(_: Case) -> Iterator[Finding]:
+    """Where tokens are kept, so that the same texts are never tokenised twice."""
+    folder = Path(os.environ.get("EMORAY_CACHE") or Path.home() / ".cache" / "emoray") / "tokens"
+    place = existing(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = f"{place} can't be written, so texts are tokenised anew for each run"
+        yield warning("token cache", found, "set EMORAY_CACHE to a folder that you may write")
+        return
+    damaged = [entry.name for entry in sorted(folder.glob("*")) if entry.is_dir() and not _is_whole(entry)]
+    if damaged:
+        found = f"{len(damaged)} damaged in {folder}, e.g. {damaged[0]}"
+        yield warning("token cache", found, f"delete {folder}: its content is made again")
+    else:
+        yield ok("token cache", f"{folder} can be written")
+
+
+def _is_whole(entry: Path) -> bool:
+    if entry.name.startswith("tmp"):  # being written by a process that runs now
+        return True
+    try:
+        ids, offsets, cut = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("ids", "offsets", "truncated"))
+        return bool(offsets[-1] == len(ids) and len(cut) == len(offsets) - 1)
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def the_hub(case: Case) -> Iterator[Finding]:
+    """The Hugging Face Hub, or a cached copy, where the config names something that is no local path."""
+    from emoray import data_hub, hub
+
+    if case.config is None:
+        return
+    encoder, source = case.config.model.pretrained, case.config.data.dataset
+    wanted = {} if os.path.isdir(encoder) else {f"model.pretrained={encoder}": _is_cached("models", encoder)}
+    if source != "quickstart" and not os.path.exists(os.path.expanduser(source)) and data_hub.is_id(source):
+        wanted[f"data.dataset={source}"] = _is_cached("datasets", source)
+    missing = [name for name, cached in wanted.items() if not cached]
+    if not wanted:
+        return
+    if hub.reachable():
+        yield ok("Hub", f"in reach, for {', '.join(wanted)}")
+    elif missing:
+        why = "switched off by HF_HUB_OFFLINE" if hub.is_offline() else "out of reach"
+        yield problem("Hub", f"{why}, and there is no cached copy of {', '.join(missing)}", hub.REMEDY)
+    elif hub.is_offline():
+        yield ok("Hub", f"switched off by HF_HUB_OFFLINE; there are cached copies of {', '.join(wanted)}")
+    else:
+        found = f"out of reach; there are cached copies of {', '.join(wanted)}"
+        yield warning("Hub", found, "set HF_HUB_OFFLINE=1 if they are meant: no command waits for the Hub then")
+
+
+def _is_cached(kind: str, repository: str) -> bool:
+    """Whether there is anything of a repository ("models" or "datasets"); what is read later tells if it is enough."""
+    from huggingface_hub import constants
+
+    folders = [Path(constants.HF_HUB_CACHE) / f"{kind}--{repository.replace('/', '--')}"]
+    if kind == "datasets":  # as `datasets` keeps what it has prepared
+        home = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
+        folders.append(Path(home) / repository.replace("/", "___"))
+    return any(folder.is_dir() for folder in folders)
+
+
+def dataset(case: Case) -> Iterator[Finding]:
+    from emoray import data
+
+    if case.config is None:
+        return
+    try:
+        case.dataset = data.load(case.config.data)
+    except DataError as error:
+        more = f"; and {len(error.problems) - 5} more problems" if len(error.problems) > 5 else ""
+        found = f"{error.subject}: {'; '.join(error.problems[:5])}{more}"
+        yield problem("data", found, "correct the data, or data.dataset and its columns; emoray check-data tells all")
+        return
+    rows = ", ".join(f"{len(split.texts):,} {name}" for name, split in case.dataset.splits.items())
+    found = f"{case.dataset.source}: {rows}; {len(case.dataset.labels)} labels"
+    if case.dataset.warnings:
+        remedy = "have a look at these rows; training takes them as they are"
+        yield warning("data", f"{found}. {' '.join(case.dataset.warnings)}", remedy)
+    else:
+        yield ok("data", found)
+
+
+def encoder(case: Case) -> Iterator[Finding]:
+    """Its config and tokenizer; the weights are loaded for the step."""
+    from emoray.task import prepare
+
+    if case.config is None or case.dataset is None:
+        return
+    try:
+        case.task = prepare(case.config)
+    except EmorayError as error:
+        remedy = "set model.pretrained to a whole folder or Hub id of an encoder, and model.max_length to what it takes"
+        yield problem("encoder", str(error), remedy)
+        return
+    cut = np.concatenate([part.tokens.truncated for part in case.task.parts.values()])
+    found = f"{case.config.model.pretrained}: {case.task.hf_config.model_type}"
+    if cut.mean() > _MOST_CUT:
+        most = case.config.model.max_length
+        found += f"; {cut.mean():.0%} of the texts are longer than model.max_length={most} and get cut"
+        yield warning("encoder", found, "raise model.max_length, as far as the encoder has positions")
+    else:
+        yield ok("encoder", f"{found}, {cut.sum():,} of {len(cut):,} texts get cut to model.max_length")
+
+
+def one_step(case: Case) -> Iterator[Finding]:
+    """Load the weights and do a worker's first step, in a process of its own: one that runs out of memory is killed,
+    and this one must live to tell."""
+    if case.task is None or case.config is None:
+        return
+    task = replace(case.task, config=_share_of_one_worker(case.config))
+    try:
+        done = run_step(task, case.cpus or 1, case.uses_gpu)
+    except subprocess.TimeoutExpired:
+        found = f"not done after {STEP_LIMIT_S:g} s"
+        yield warning(
+            "one step", found, "training here takes long: give it a GPU, a smaller batch or a smaller encoder"
+        )
+        return
+    if "error" in done:
+        yield problem("one step", done["error"], done["remedy"])
+        return
+    what = f"loss {done['loss']:.3f}, {done['seconds']:.2f} s for {done['tokens']:,} tokens"
+    found = f"{what}, at most {gib(done['memory'])} of {done['device']} memory"
+    if not np.isfinite(done["loss"]):
+        yield problem("one step", found, "set training.precision=fp32, and look for broken weights")
+    else:
+        yield ok("one step", found)
+
+
+def _share_of_one_worker(config: Any) -> Any:
+    """The config of a run of one worker whose only step has the texts that a worker of this one gets."""
+    workers = config.workers.min_workers
+    texts = -(-config.batch_size(workers) // workers)
+    training = {"max_steps": 1, "global_batch_size": None, "train_batch_size": texts}
+    return config.model_copy(update={"training": config.training.model_copy(update=training)})
+
+
+def run_step(task: Task, threads: int, use_gpu: bool) -> dict[str, Any]:
+    """What `emoray.doctor_step` answers, from a child process.
+
+    Raises:
+        subprocess.TimeoutExpired: after STEP_LIMIT_S.
+    """
+    command = [sys.executable, "-m", "emoray.doctor_step", str(threads), "gpu" if use_gpu else "cpu"]
+    child = subprocess.run(command, input=pickle.dumps(task), capture_output=True, timeout=STEP_LIMIT_S, check=False)
+    try:
+        answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        free = gib(free_memory()[0])
+        lines = child.stderr.decode(errors="replace").strip().splitlines()
+        killed = child.returncode == -9
+        why = f"killed, most likely for memory ({free} free)" if killed else f"ended with status {child.returncode}"
+        remedy = "lower training.micro_batch_tokens or the batch" if killed else "run it again, and report this"
+        return {"error": f"the step's process was {why}: {lines[-1]}" if lines else why, "remedy": remedy}
+    return answer

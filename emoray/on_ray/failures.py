@@ -1,0 +1,208 @@
+"""What happens after a failure of a run on Ray Train: which worker it was, of what, and whether it is tried again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+
+from emoray.errors import EmorayError
+
+_UNDECIDED_S = 25.0
+"""How long a node that doesn't answer may stay undecided; Ray itself takes about 15 s to call it dead."""
+
+
+_ENDED = "its process ended without a word (killed, out of memory, or a crash)"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is told of a failure.
+
+    Attributes:
+        who: the worker and its place, e.g. `Worker 1 on node 10.0.0.7 (process 4711)`, or what else failed.
+        reason: of what, as a clause.
+        attempt: number of the attempt that failed, from 1.
+        retry: whether the run is taken up again.
+        spent: whether that costs one of `workers.max_failures`.
+        final: whether a person must mend it first.
+    """
+
+    who: str
+    reason: str
+    attempt: int
+    retry: bool
+    spent: bool
+    final: bool
+
+
+class Failures(FailurePolicy):
+    """Decides after a failure, and tells the driver of it.
+
+    What a person must mend is not tried again. A node that was taken away, with notice or without, costs no attempt;
+    nor does the wait for room that follows. All else counts against `workers.max_failures`.
+
+    Args:
+        channel: handle of the actor that the driver listens to.
+        room_wait_s: how long a run that has lost workers may wait for room, in seconds.
+    """
+
+    controller: Any = None
+    """Ray's controller, which runs this policy; set by it."""
+
+    def __init__(self, config: FailureConfig, channel: Any, room_wait_s: float) -> None:
+        super().__init__(config)
+        self._channel, self._room_wait_s = channel, room_wait_s
+        self._failed = 0
+        self._roomless_since: float | None = None
+
+    def make_decision(self, training_failed_error: Any) -> Any:
+        failure = self._judge(training_failed_error)
+        with contextlib.suppress(Exception):  # a message must never end a run
+            self._channel.tell.remote({"kind": "failure", **asdict(failure)})
+        return FailureDecision.RETRY if failure.retry else FailureDecision.RAISE
+
+    def _judge(self, error: Any) -> Failure:
+        cause = getattr(error, "controller_failure", error)
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            return self._no_room(cause)
+        self._roomless_since = None
+        workers = self._workers()
+        who, reason = describe(error, {rank: _place(worker) for rank, worker in workers.items()})
+        attempt = self._failed + 1
+        if user_error(error) is not None:
+            return Failure(who, reason, attempt, retry=False, spent=True, final=True)
+        if is_preempted(error) or self._node_is_gone(error, workers):
+            return Failure(who, "its node was taken away", attempt, retry=True, spent=False, final=False)
+        self._failed += 1
+        can = isinstance(error, WorkerGroupError) or isinstance(cause, WorkerGroupStartupFailedError)
+        retry = can and self._failed <= self.failure_config.max_failures
+        return Failure(who, reason, attempt, retry=retry, spent=True, final=False)
+
+    def _no_room(self, error: WorkerGroupStartupTimeoutError) -> Failure:
+        now = time.monotonic()
+        self._roomless_since = self._roomless_since or now
+        waited = now - self._roomless_since
+        return Failure(
+            "The run",
+            f"the cluster has no room for {error.num_workers} workers",
+            self._failed + 1,
+            retry=waited < self._room_wait_s,
+            spent=False,
+            final=False,
+        )
+
+    def _workers(self) -> dict[int, Any]:
+        """The workers of the group that failed, by rank; none where it failed while it was started."""
+        with contextlib.suppress(Exception):
+            return {w.distributed_context.world_rank: w for w in self.controller.get_worker_group().get_workers()}
+        return {}
+
+    def _node_is_gone(self, error: Any, workers: dict[int, Any]) -> bool:
+        """Whether a worker died with its node.
+
+        At first both look the same, so this waits until Ray has called the node dead, or the node has answered; a
+        run that is taken up before that would be placed on the dead node.
+        """
+        dead = {rank: _death(e) for rank, e in getattr(error, "worker_failures", {}).items() if _death(e) is not None}
+        nodes = {workers[rank].metadata.node_id for rank in dead if rank in workers}
+        undecided = any(isinstance(death, ray.exceptions.ActorUnavailableError) for death in dead.values())
+        deadline = time.monotonic() + _UNDECIDED_S
+        while nodes:
+            if nodes - {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+                return True
+            if not undecided or time.monotonic() > deadline or all(_answers(node) for node in nodes):
+                return False
+            time.sleep(0.5)
+        return False
+
+
+def _death(error: Any) -> Any:
+    """The end of a worker's process, as Ray puts it; None where the process lives."""
+    return error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else None
+
+
+def _answers(node_id: str) -> bool:
+    """Whether a node still runs tasks."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    reference = ray.remote(num_cpus=0, max_retries=0)(_nothing).options(scheduling_strategy=there).remote()
+    try:
+        ray.get(reference, timeout=3)
+    except (ray.exceptions.RayError, TimeoutError):
+        return False
+    return True
+
+
+def _nothing() -> None:
+    pass
+
+
+def _place(worker: Any) -> str:
+    return f"node {worker.metadata.node_ip} (process {worker.metadata.pid})"
+
+
+def is_preempted(error: Any) -> bool:
+    """Whether a node was taken away as announced."""
+    deaths = [_death(e) for e in getattr(error, "worker_failures", {}).values()]
+    return isinstance(error, PreemptionError) or any(getattr(death, "preempted", False) for death in deaths)
+
+
+def user_error(error: Any) -> EmorayError | None:
+    """The error among a failure's that a person must mend, if there is one."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        for link in (failure, getattr(failure, "cause", None), getattr(failure, "__cause__", None)):
+            if isinstance(link, EmorayError):
+                return link
+    return None
+
+
+def describe(error: Any, places: dict[int, str]) -> tuple[str, str]:
+    """Who failed, and of what.
+
+    Args:
+        places: where each worker ran, by rank, as far as known.
+    """
+    if isinstance(error, PreemptionError):
+        ranks = sorted(error.preemption_info.preempted_ranks)
+        who = " and ".join(f"worker {rank} on {places.get(rank, 'its node')}" for rank in ranks)
+        return (who[:1].upper() + who[1:] or "The run"), "its node was taken away"
+    if isinstance(error, ray.exceptions.RayActorError):  # beside the driver, and all workers went with it
+        return "Ray Train's controller", _ENDED
+    failures = dict(getattr(error, "worker_failures", {}))
+    if not failures:
+        cause = getattr(error, "controller_failure", error)
+        if isinstance(cause, WorkerGroupStartupFailedError):
+            return "A worker", "its process ended while it was being started"
+        return "The run", _first_line(str(cause)) or type(cause).__name__
+    # When one worker dies the others fail too, in the middle of a sum: the dead one is the cause.
+    dead = {rank: failure for rank, failure in failures.items() if _death(failure) is not None}
+    rank, failure = min((dead or failures).items())
+    return f"Worker {rank} on {places.get(rank, 'an unknown node')}", _reason(failure)
+
+
+def _reason(failure: Any) -> str:
+    death = _death(failure)
+    if death is None:
+        text = str(failure).strip()
+        return f"{type(failure).__name__}: {text.splitlines()[-1] if 'Traceback' in text else _first_line(text)}"
+    if "SIGTERM" in str(death):
+        return "its process was ended by SIGTERM"
+    return _ENDED
+
+
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[0] if lines else ""

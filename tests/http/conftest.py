@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from serving import Server, serving
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[Server]:
+    """An open endpoint over the dummy, with small limits and no keys."""
+    with serving(limits={"max_texts": 50, "max_body_bytes": 20_000, "timeout_s": 3}) as server:
+        yield server
+        assert server.post("/v1/classify", {"texts": ["still there?"]}).status_code == 200
