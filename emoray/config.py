@@ -187,6 +187,7 @@ class WorkersConfig(Section):
 _NOT_THE_RECIPE = (
     "run.",
     "workers.",
+    "data.",  # the fingerprint of what it gives is compared instead
     "training.eval_batch_size",
     "training.compact_vocabulary",
     "training.checkpoint_",

@@ -53,7 +53,7 @@ def finish(learner: Learner, progress: Progress, attempt: Attempt) -> dict[str, 
 
     def fill(folder: Path) -> None:
         weights, _ = learner.split({f"weights/{k}": v.cpu() for k, v in learner.model.state_dict().items()})
-        fill_model_folder(folder, task, weights, {"best": best, "test": results["test"]}, temperature)
+        fill_model_folder(folder, task, weights, {"validation": best, "test": results["test"]}, temperature)
         (folder / "README.md").write_text(model_card.render(_card(task, results, scored, facts)), encoding="utf-8")
 
     checkpoint.write(attempt.run, BEST, fill, attempt.check)

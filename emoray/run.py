@@ -155,10 +155,9 @@ def refuse_changed(run: Storage, identity: Mapping[str, Any]) -> None:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-    if before["data"] != identity["data"]:
-        changes.append(
-            f"the data was {before['data'][:12]}..., is {identity['data'][:12]}... (fingerprint of texts and labels)"
-        )
+    for name in sorted(identity.keys() - {"recipe"}):
+        if before.get(name) != identity[name]:
+            changes.append(f"the {name} was {str(before.get(name))[:12]}..., is {identity[name][:12]}... (fingerprint)")
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise RunExistsError(

@@ -63,7 +63,11 @@ class Task:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the weights; a run goes on only where it is the same."""
-        return {"recipe": self.config.recipe(), "data": self.facts["data"]["fingerprint"]}
+        return {
+            "recipe": self.config.recipe(),
+            "data": self.facts["data"]["fingerprint"],
+            "tokenizer": self.tokenizer,
+        }
 
 
 def prepare(config: TrainConfig, say: Callable[[str], None] = lambda _: None) -> Task:

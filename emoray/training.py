@@ -348,7 +348,13 @@ def write_checkpoint(
     """Write the checkpoint of `progress.step` into the run's folder."""
 
     def fill(folder: Path) -> None:
-        fill_model_folder(folder, task, dict(weights), metrics=progress.evaluations[-1:], temperature=1.0)
+        fill_model_folder(
+            folder,
+            task,
+            dict(weights),
+            metrics={"validation": progress.evaluations[-1] if progress.evaluations else None},
+            temperature=1.0,
+        )
         (folder / OPTIMIZER).parent.mkdir()
         save_file(dict(moments), folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))

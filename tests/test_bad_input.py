@@ -536,7 +536,7 @@ def run_of_another_recipe(place: Place) -> Command:
     return place.train("run.name=run", f"run.storage_path={place.folder}", *changes)
 
 
-@bad("the data was", "fingerprint of texts and labels")
+@bad("the data was", "fingerprint")
 def run_of_other_data(place: Place) -> Command:
     place.copy("run")
     command = place.with_rows("train", {"text": "one more cup of tea", "label": "calm"})

@@ -1,1 +1,1 @@
-"""The endpoint without Ray: batcher, service, routes and page. Web frameworks are imported here and nowhere else."""
+"""The endpoint without Ray: batcher, service, routes and page, on plain ASGI."""

@@ -15,7 +15,7 @@ import uuid
 
 from emoray.http import keys as api_keys
 from emoray.http import openapi
-from emoray.http.errors import RequestError
+from emoray.http.errors import RequestError, overloaded
 from emoray.http.exchange import JSON, ClientGone, Exchange, Receive, Reply, Scope, Send
 from emoray.http.keys import Keys
 from emoray.http.metrics import Metrics, Silent
@@ -30,6 +30,8 @@ _log = logging.getLogger("emoray.http")
 
 CLIENT_GONE = 499
 """nginx's status for a client that went away before its answer; only logs and metrics see it."""
+_BODIES_A_PLACE = 2
+"""Requests with a body that are taken on for each place in the queue: some of them are still being read."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -52,6 +54,8 @@ class App:
         self._endpoint = Endpoint(service, config, openapi.describe(ROUTES, config, bool(keys)))
         self._table = Table(ROUTES)
         self._keys, self._metrics = keys, metrics
+        self._bodies = 0
+        self._most_bodies = _BODIES_A_PLACE * config.limits.max_queued_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -98,7 +102,7 @@ class App:
                 key = self._keys.check(exchange.headers, admin=route.is_admin)
                 if key is not None:
                     exchange.facts["key"] = key
-            return route, await route.handler(exchange, self._endpoint)
+            return route, await self._handle(route, exchange)
         except RequestError as error:
             exchange.facts["error"] = error.kind
             return route, _failure(error)
@@ -109,6 +113,18 @@ class App:
             exchange.facts["error"] = "internal"
             sentence = f"a fault of the server; its log has more under the id {exchange.request_id}"
             return route, _failure(RequestError("internal", sentence))
+
+    async def _handle(self, route: Route, exchange: Exchange) -> Reply:
+        """The route's answer, with a bound on the bodies that are in memory at once."""
+        if route.request is None:
+            return await route.handler(exchange, self._endpoint)
+        if self._bodies >= self._most_bodies:
+            raise overloaded(f"{self._bodies} requests are under way, and no more may: try again soon", 1)
+        self._bodies += 1
+        try:
+            return await route.handler(exchange, self._endpoint)
+        finally:
+            self._bodies -= 1
 
     def _find(self, exchange: Exchange) -> Route:
         scope = exchange.scope

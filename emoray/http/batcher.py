@@ -165,7 +165,7 @@ class Batcher(Generic[P, R]):
         if not payloads:
             return []
         now = time.monotonic()
-        self._admit(sum(tokens), now, deadline)
+        self.admit(sum(tokens), deadline)
         request = self._enqueue(payloads, tokens, now, deadline)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.get_running_loop().create_task(self._work())
@@ -182,8 +182,15 @@ class Batcher(Generic[P, R]):
             request.waiting = 0
             self._requests.discard(request)
 
-    def _admit(self, tokens: int, now: float, deadline: float) -> None:
-        """Refuse what would wait too long, so that what is accepted is answered soon."""
+    def admit(self, tokens: int, deadline: float) -> None:
+        """Refuse what would wait too long, so that what is accepted is answered soon.
+
+        `submit` asks for itself; asked before a request's tokens are known, with 0, it saves finding them out.
+
+        Raises:
+            RequestError: `overloaded`, or `unavailable` while closing.
+        """
+        now = time.monotonic()
         if self._closing:
             raise unavailable("this server is stopping: try again, another one answers")
         waiting = self.queued_tokens * self._clock.seconds_a_token

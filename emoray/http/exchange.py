@@ -30,6 +30,10 @@ _DRAIN_S, _DRAIN_BYTES = 2.0, 64 << 20
 """How much of a refused body is still read and thrown away, so that a client that only sends can read its answer."""
 
 
+_LAST_S = 0.1
+"""A service ends its own work at the deadline; one that has not by so much later is cut off."""
+
+
 class ClientGone(Exception):
     """The client closed the connection before its answer."""
 
@@ -158,7 +162,7 @@ class Exchange:
         try:
             await asyncio.wait(
                 {task, gone},
-                timeout=max(0.0, self.deadline - time.monotonic()),
+                timeout=max(0.0, self.deadline + _LAST_S - time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if task.done():

@@ -188,6 +188,7 @@ class LocalService:
             served = self._served
             if served is None or self._state == "stopping":
                 raise _not_there(self._state)
+            served.batcher.admit(0, deadline)  # what is refused anyway need not be tokenised
             tokens = await asyncio.get_running_loop().run_in_executor(self._encoders, served.model.encode, texts)
             if not truncate and tokens.truncated.any():
                 raise too_long(int(np.argmax(tokens.truncated)), served.model.max_length)

@@ -46,5 +46,5 @@ def test_the_page_asks_for_a_key(tmp_path: Path) -> None:
 
 def test_the_docs_show_every_route(endpoint: Server, tmp_path: Path) -> None:
     page = shown(f"{endpoint.url}/docs", tmp_path)
-    routes = {path for path in endpoint.get("/openapi.json").json()["paths"]}
+    routes = set(endpoint.get("/openapi.json").json()["paths"])
     assert routes <= set(re.findall(r"<code>([^<]+)</code>", page)) and "curl -X POST" in page

@@ -272,3 +272,28 @@ def test_stopping_answers_what_is_under_way() -> None:
 
     *answers, late = asyncio.run(scenario())
     assert all(len(answer.predictions) == 1 for answer in answers) and late.status == 503
+
+
+def test_there_is_a_bound_on_the_requests_that_are_being_read() -> None:
+    config = ServeConfig.model_validate({"limits": {"max_queued_requests": 2}})
+    app = make_app(Stub(forever), config, keys=Keys())  # type: ignore[arg-type]
+
+    async def scenario() -> list[Any]:
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(3600)
+            return {}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message.get("status"))
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/classify", "headers": []}
+        tasks = [asyncio.create_task(app(dict(scope), receive, send)) for _ in range(5)]
+        await asyncio.sleep(0.02)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return sent
+
+    assert asyncio.run(scenario()) == [429, None]
