@@ -198,11 +198,10 @@ class LocalService:
     def info(self) -> dict[str, Any]:
         served = self._served
         facts = served.model.facts if served else {}
-        metrics = facts.get("metrics")  # a dict with `test` in best/, a list in other checkpoints
         return {
             "max_length": served.model.max_length if served else None,
             "engine": "torch",
-            "metrics": metrics.get("test") if isinstance(metrics, dict) else None,
+            "metrics": facts.get("metrics", {}).get("test"),
             "versions": facts.get("versions", {}),
             "queued": {
                 "requests": served.batcher.requests if served else 0,
