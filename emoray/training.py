@@ -334,6 +334,7 @@ class _Loop:
 
         Those after the step that this attempt went on from are damaged, unless it wrote them itself.
         """
+        self.attempt.check()
         best = progress.best(self.config.metric_for_best_model)
         found = checkpoint.steps(self.attempt.run)
         kept = [step for step in found if step <= self.start or step in self.written][-self.config.keep_checkpoints :]
