@@ -28,8 +28,10 @@ check: setup
 chaos: setup
 	@$(BIN)/python -m benchmarks.chaos
 
+# ENCODER: a folder with a pretrained encoder such as all-MiniLM-L6-v2; DATA: a labelled data set such as dair-ai/emotion
 bench: setup
-	@$(BIN)/python -m benchmarks.step
+	@test -n "$(ENCODER)" -a -n "$(DATA)" || { echo "make bench ENCODER=<folder> DATA=<folder or Hub id>"; exit 1; }
+	@$(BIN)/python -m benchmarks.step --encoder $(ENCODER) --data $(DATA)
 
 clean:
 	rm -rf $(VENV)
