@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test check chaos bench clean
+.PHONY: setup quickstart test check coverage chaos bench bench-serve clean
 
 setup: $(VENV)/.done
 
@@ -24,14 +24,26 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/vulture
+
+coverage: setup
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not ray" --cov=emoray --cov-branch --cov-report=term:skip-covered
 
 chaos: setup
+	@$(BIN)/python -m pytest -m "slow and not gpu"
 	@$(BIN)/python -m benchmarks.chaos
+	@$(BIN)/python -m benchmarks.serve_chaos
 
 # ENCODER: a folder with a pretrained encoder such as all-MiniLM-L6-v2; DATA: a labelled data set such as dair-ai/emotion
 bench: setup
 	@test -n "$(ENCODER)" -a -n "$(DATA)" || { echo "make bench ENCODER=<folder> DATA=<folder or Hub id>"; exit 1; }
 	@$(BIN)/python -m benchmarks.step --encoder $(ENCODER) --data $(DATA)
+
+# MODEL: a trained model's folder; OTHER: another, for the time of a model change; TEXTS: jsonl with a `text` in each row
+bench-serve: setup
+	@test -n "$(MODEL)" -a -n "$(TEXTS)" || { echo "make bench-serve MODEL=<folder> TEXTS=<jsonl> [OTHER=<folder>]"; exit 1; }
+	@command -v wrk > /dev/null || { echo "wrk is missing: on Debian and Ubuntu, apt-get install wrk"; exit 1; }
+	@$(BIN)/python -m benchmarks.bench_serve --model $(MODEL) --texts $(TEXTS) $(if $(OTHER),--other $(OTHER))
 
 clean:
 	rm -rf $(VENV)

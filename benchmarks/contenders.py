@@ -61,7 +61,9 @@ def matrix_products(task: Task, batches: list[NDArray[np.int64]], pruned: bool) 
     return seconds, _tokens(task, batches)
 
 
-def trainer(task: Task, batches: list[NDArray[np.int64]], padding: bool | str, device: str) -> Measured:
+def trainer(
+    task: Task, batches: list[NDArray[np.int64]], padding: bool | str, device: str, bf16: bool = False
+) -> Measured:
     """transformers.Trainer with its defaults, on these batches."""
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
@@ -94,7 +96,7 @@ def trainer(task: Task, batches: list[NDArray[np.int64]], padding: bool | str, d
         report_to=[],
         disable_tqdm=True,
         use_cpu=device == "cpu",
-        bf16=device == "cuda",
+        bf16=bf16 or device == "cuda",
     )
     network = model.load(task.config.model, task.labels, task.config.training.seed)
     OnTheseBatches(network, arguments, train_dataset=texts, data_collator=collate, callbacks=[Clock()]).train()
@@ -118,8 +120,11 @@ def _grouped(task: Task, count: int) -> list[NDArray[np.int64]]:
 
 def run(name: str, overrides: list[str], count: int, device: str) -> dict[str, Any]:
     """Measure one contender on `count` steps after the warm-up."""
-    packing = "off" if name == "emoray padded" else "auto"
-    task = prepare(load(None, [*overrides, f"training.packing={packing}"]))
+    bf16 = name.endswith(", bf16")
+    name = name.removesuffix(", bf16")
+    choices = [f"training.packing={'off' if name == 'emoray padded' else 'auto'}"]
+    choices += ["training.precision=bf16"] if bf16 else []
+    task = prepare(load(None, [*overrides, *choices]))
     plan = BatchPlan(task.parts["train"].tokens.lengths, 42, 64, True, 16384)
     spread = np.linspace(0, plan.steps_per_epoch - 2, count + WARM_UP).astype(int)
     steps = [int(step) for step in spread]
@@ -127,8 +132,8 @@ def run(name: str, overrides: list[str], count: int, device: str) -> dict[str, A
     contenders: dict[str, Callable[[], Measured]] = {
         "emoray": lambda: emoray(task, batches, steps, device),
         "emoray padded": lambda: emoray(task, batches, steps, device),
-        "Trainer": lambda: trainer(task, batches, True, device),
-        "Trainer group_by_length": lambda: trainer(task, _grouped(task, count + WARM_UP), True, device),
+        "Trainer": lambda: trainer(task, batches, True, device, bf16),
+        "Trainer group_by_length": lambda: trainer(task, _grouped(task, count + WARM_UP), True, device, bf16),
         "Trainer padded to 128": lambda: trainer(task, batches, "max_length", device),
         "matrix products": lambda: matrix_products(task, batches, pruned=False),
         "matrix products, pruned": lambda: matrix_products(task, batches, pruned=True),

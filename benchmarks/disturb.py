@@ -1,4 +1,4 @@
-"""Runs of `emoray train` in processes of their own: followed, disturbed, compared. For tests/ray and `make chaos`."""
+"""Commands of emoray in processes of their own: followed, disturbed, compared. For tests/ray and `make chaos`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ from emoray.storage import Storage
 PATIENCE_S = 180.0
 """The longest wait for anything; generous, for machines that are busy with other things."""
 
+SHORT = "training.max_steps=120"
+"""Override for runs that still leave room for several kills."""
+
+TRAINING, SCORING = "RayTrainWorker", "MapWorker"
+"""What the names of actors' processes hold: of `emoray train` and `emoray predict`."""
+
 _RESTART = re.compile(r"^(?:Going on|Starting again) from step (\d+)", re.MULTILINE)
 
 # The quickstart's sentences and a small BERT, with dropout; steps in several pieces, so that they take some time; a
@@ -45,19 +51,25 @@ _OVERRIDES = (
 
 
 class Command:
-    """One `emoray train` under way.
+    """One command of emoray's under way.
+
+    Args:
+        arguments: of `emoray`, the command's name first.
 
     Attributes:
         run: the run's folder.
         process: the driver.
+        patience_s: the longest wait for what it does.
     """
+
+    patience_s = PATIENCE_S
 
     def __init__(self, arguments: list[str], run: Path, log: Path, environment: dict[str, str]) -> None:
         self.run, self._log = run, log
         self._seen: dict[int, psutil.Process] = {}
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "emoray.cli", "train", *arguments],
+                [sys.executable, "-m", "emoray.cli", *arguments],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -85,11 +97,11 @@ class Command:
         Raises:
             AssertionError: with the output, where the command ended first or patience did.
         """
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         while not condition():
             ended = self.process.poll() is not None
             if (ended and not condition()) or time.monotonic() > deadline:
-                state = f"ended with {self.process.returncode}" if ended else f"took {PATIENCE_S:g} s"
+                state = f"ended with {self.process.returncode}" if ended else f"took {self.patience_s:g} s"
                 raise AssertionError(f"waiting for {what}, but the command {state}:\n{self.output}")
             time.sleep(0.005)
 
@@ -100,8 +112,8 @@ class Command:
     def status(self) -> int:
         """The exit status, once there is one; negative where a signal ended it."""
         with suppress(subprocess.TimeoutExpired):
-            return self.process.wait(PATIENCE_S)
-        raise AssertionError(f"the command didn't end in {PATIENCE_S:g} s:\n{self.output}")
+            return self.process.wait(self.patience_s)
+        raise AssertionError(f"the command didn't end in {self.patience_s:g} s:\n{self.output}")
 
     def kill(self) -> None:
         """SIGKILL to the driver; returns when its workers are gone too."""
@@ -176,8 +188,12 @@ class Bench:
         Args:
             address: of the cluster to join; `local` starts one for this command alone.
         """
+        return self.start(name, ["train", str(config_path()), *self.overrides(name, *overrides)], address)
+
+    def start(self, name: str, arguments: list[str], address: str = "local") -> Command:
+        """Start any command on the run of that name."""
         command = Command(
-            [str(config_path()), *self.overrides(name, *overrides)],
+            arguments,
             self.folder / "runs" / name,
             self.folder / f"{len(self.commands):03d}-{name}.log",
             {**self.environment, "RAY_ADDRESS": address},
@@ -258,10 +274,10 @@ class SmallCluster:
         """All nodes but the head."""
         return list(self._cluster.worker_nodes)
 
-    def workers(self, node: Any = None) -> list[psutil.Process]:
-        """The training workers on a node, or on all nodes."""
+    def workers(self, node: Any = None, kind: str = TRAINING) -> list[psutil.Process]:
+        """The training workers on a node, or on all nodes; or another kind of actor."""
         nodes = self.nodes if node is None else [node]
-        return [worker for n in nodes for raylet in _raylets(n) for worker in workers_below(raylet.pid)]
+        return [worker for n in nodes for raylet in _raylets(n) for worker in workers_below(raylet.pid, kind)]
 
 
 def _raylets(node: Any) -> list[psutil.Process]:
@@ -269,13 +285,13 @@ def _raylets(node: Any) -> list[psutil.Process]:
     return [psutil.Process(info.process.pid) for info in node.all_processes["raylet"]]
 
 
-def workers_below(pid: int) -> list[psutil.Process]:
-    """The training workers among all that a process started."""
+def workers_below(pid: int, kind: str = TRAINING) -> list[psutil.Process]:
+    """The training workers, or another kind of actor, among all that a process started."""
     found = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
+                if kind in " ".join(process.cmdline()):
                     found.append(process)
     return found
 

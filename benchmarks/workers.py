@@ -1,8 +1,9 @@
-"""Two workers of one thread against one: tokens a second, and the bytes that gradients take.
+"""Two workers of one thread against one, and against two runs that don't talk: tokens a second, bytes of gradients.
 
     python -m benchmarks.workers --encoder DIR --data DIR [--rounds 3] [--steps 3] [KEY=VALUE ...]
 
-Both see a batch of 64 texts a worker. Rounds alternate (1 2 1 2); writes benchmarks/results/<date>-cpu-workers.json.
+All see a batch of 64 texts a worker. Two runs side by side that exchange nothing show what the machine itself gives to
+two processes, which share its memory and clock. Rounds alternate; writes benchmarks/results/<date>-cpu-workers.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,14 +54,14 @@ def work(rank: int, size: int, overrides: list[str], steps: int) -> dict[str, An
     return {"tokens_per_s": tokens / seconds, "gradient_bytes": gradients, "gradient_bytes_of_whole_table": whole}
 
 
-def measure(size: int, overrides: list[str], steps: int) -> dict[str, Any]:
-    """Start `size` worker processes and return what worker 0 measured."""
+def start(size: int, overrides: list[str], steps: int) -> list[subprocess.Popen[str]]:
+    """The worker processes of one run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, **WORKER_ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "benchmarks.workers", "--steps", str(steps), *overrides]
-    workers = [
+    return [
         subprocess.Popen(
             [*command, "--rank", str(rank), "--size", str(size)],
             env=environment | {"OMP_NUM_THREADS": "1"},
@@ -68,11 +70,24 @@ def measure(size: int, overrides: list[str], steps: int) -> dict[str, Any]:
         )
         for rank in range(size)
     ]
+
+
+def measured(workers: list[subprocess.Popen[str]]) -> dict[str, Any]:
+    """What worker 0 measured, when all have ended."""
     outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
         sys.exit("a worker failed")
     result: dict[str, Any] = json.loads(outputs[0].strip().splitlines()[-1])
     return result
+
+
+def one_round(overrides: list[str], steps: int) -> dict[str, Any]:
+    """One worker, two workers, and two runs of one worker at once, in turn."""
+    one = measured(start(1, overrides, steps))
+    two = measured(start(2, overrides, steps))
+    apart = [start(1, overrides, steps) for _ in range(2)]
+    speeds = {"one": one["tokens_per_s"], "two": two["tokens_per_s"]}
+    return {**two, **speeds, "two apart": sum(measured(run)["tokens_per_s"] for run in apart)}
 
 
 def main() -> None:
@@ -91,16 +106,20 @@ def main() -> None:
     overrides = [f"model.pretrained={arguments.encoder}", f"data.dataset={arguments.data}", *arguments.overrides]
     rounds = []
     for _ in range(arguments.rounds):
-        rounds.append({size: measure(size, overrides, arguments.steps) for size in (1, 2)})
-        print({size: round(run["tokens_per_s"], 1) for size, run in rounds[-1].items()}, file=sys.stderr)
-    ratios = [run[2]["tokens_per_s"] / run[1]["tokens_per_s"] for run in rounds]
-    first = rounds[0][2]
+        rounds.append(one_round(overrides, arguments.steps))
+        print({name: round(rounds[-1][name], 1) for name in ("one", "two", "two apart")}, file=sys.stderr)
+    ratios = {name: sorted(run[name] / run["one"] for run in rounds) for name in ("two", "two apart")}
     print(
-        f"Two workers of one thread: {statistics.median(ratios):.2f} x one ({min(ratios):.2f} - {max(ratios):.2f}); "
-        f"{first['gradient_bytes'] / 2**20:,.0f} MiB of gradients a step, "
-        f"{first['gradient_bytes_of_whole_table'] / 2**20:,.0f} with the whole vocabulary"
+        f"Two workers of one thread: {_spread(ratios['two'])} of one; two runs that don't talk: "
+        f"{_spread(ratios['two apart'])}. {rounds[0]['gradient_bytes'] / 2**20:,.0f} MiB of gradients a step, "
+        f"{rounds[0]['gradient_bytes_of_whole_table'] / 2**20:,.0f} with the whole vocabulary."
     )
-    print(f"Written to {save('cpu-workers', {'arguments': vars(arguments), 'ratios': ratios, 'rounds': rounds})}")
+    content = {"encoder": Path(arguments.encoder).name, "ratios": ratios, "rounds": rounds}
+    print(f"Written to {save('cpu-workers', content)}")
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} x ({ratios[0]:.2f} - {ratios[-1]:.2f})"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 step-00000250/
   config.json model.safetensors tokenizer.json ...   what transformers loads
-  emoray.json                                        resolved config, labels, metrics, temperature, data, versions
+  emoray.json                                        resolved config, labels, metrics, calibration, data, versions
   training/optimizer.safetensors progress.json       absent from best/
   manifest.json                                      size and sha256 of every other file
+  onnx/                                              exports, made later, with manifests of their own
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from emoray.storage import Storage
 MANIFEST = "manifest.json"
 FACTS = "emoray.json"
 FOLDER = "checkpoints"
+EXPORTS = "onnx"
+"""Folder below a model's for what is made from it later; the model's own manifest says nothing of it."""
 
 
 def name_of(step: int) -> str:
@@ -90,6 +93,7 @@ def verify(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder}/{MANIFEST}: is damaged: not readable as JSON with the files' sums") from None
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    present = {name for name in present if not name.startswith(f"{EXPORTS}/")}
     for name, (size, digest) in expected.items():
         path = folder / name
         if name not in present:
@@ -101,6 +105,11 @@ def verify(folder: Path) -> dict[str, Any]:
     for name in sorted(present - listed.keys()):
         raise CheckpointError(f"{folder / name}: is not listed in {MANIFEST}: remove it")
     return listed
+
+
+def fingerprint(folder: Path) -> str:
+    """12 hex digits that change with any file of a checkpoint's folder."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]
 
 
 def fetch(storage: Storage, name: str = "") -> Path:
@@ -145,7 +154,7 @@ def steps(run: Storage) -> list[int]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What emoray.json says of a model: config, labels, metrics, temperature, data, versions."""
+    """What emoray.json says of a model: config, labels, metrics, calibration, data, versions."""
     try:
         content: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer
 
 from emoray import checkpoint
+from emoray.attribution import Explanation, explain
+from emoray.engines import Engine
+from emoray.engines.choice import Wanted, open_engine
 from emoray.errors import CheckpointError, ModelError
-from emoray.forward import Forward, score
-from emoray.metrics import softmax
-from emoray.model import load_tokenizer, quiet
+from emoray.metrics import Calibration, softmax
+from emoray.prediction import Prediction
 from emoray.storage import Storage, absolute
-from emoray.tokens import Tokens, tokenize
-
-TEXTS_A_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one text.
-
-    Attributes:
-        label: the likeliest label.
-        score: its probability.
-        scores: every label's probability, the likeliest first; they sum to 1.
-        truncated: whether the text was cut to the model's length.
-        tokens: tokens that the model saw, special tokens included.
-    """
-
-    label: str
-    score: float
-    scores: dict[str, float]
-    truncated: bool
-    tokens: int
+from emoray.tokens import Tokens, characters_seen, tokenize
 
 
 class Classifier:
@@ -49,56 +29,90 @@ class Classifier:
     Make one with `Classifier.load`.
 
     Attributes:
+        engine: what runs its forward pass.
         labels: label names in the order of their ids.
         facts: what emoray.json holds: config, metrics, data fingerprint, versions.
+        folder: where it was loaded from.
     """
 
-    def __init__(self, forward: Forward, tokenizer: Any, facts: dict[str, Any]) -> None:
-        self._forward = forward.eval()
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, facts: dict[str, Any], folder: Path) -> None:
+        self.engine = engine
         self._tokenizer = tokenizer
-        self.facts = facts
+        self.facts, self.folder = facts, folder
         self.labels: tuple[str, ...] = tuple(facts["labels"])
-        self.temperature = float(facts["temperature"])
+        self.calibration = Calibration(float(facts["temperature"]), float(facts.get("power", 1.0)))
         self.max_length = int(facts["max_length"])
 
     @classmethod
-    def load(cls, location: str | os.PathLike[str], device: str | None = None) -> Classifier:
+    def load(
+        cls,
+        location: str | os.PathLike[str],
+        device: str | None = None,
+        engine: Wanted = "torch",
+        threads: int | None = None,
+    ) -> Classifier:
         """Load and verify a model folder.
 
         Args:
             location: a checkpoint or `best/`, or a run's folder (its `best/` is taken); a path or a URI.
-            device: e.g. "cuda"; None takes a GPU if there is one.
+            device: e.g. "cuda"; None takes a GPU if there is one. The ONNX engines run on CPUs.
+            engine: "onnx" and "onnx-int8" need an export (`emoray export`); "auto" takes the fastest that is there.
+            threads: on a CPU; None takes the process's own.
 
         Raises:
             CheckpointError: a file is damaged or missing, or it is no model that emoray trained.
+            ModelError: it can't be loaded, or the engine has no export of it.
         """
-        folder = checkpoint.fetch(find_model(os.fspath(location)))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls.from_folder(checkpoint.fetch(find_model(os.fspath(location))), device, engine, threads)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, device: str | None = None, engine: Wanted = "torch", threads: int | None = None
+    ) -> Classifier:
+        """As `load`, for a local folder whose sums were checked, or that is only now being written."""
         facts = checkpoint.facts(folder)
-        try:
-            with quiet():
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-                )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: can't be loaded: {error}") from None
-        return cls(Forward(model.to(device)), load_tokenizer(str(folder)), facts)
+        tokenizer = _load_tokenizer(folder)
+        return cls(open_engine(engine, folder, facts, device, threads), tokenizer, facts, folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits that change with any file of the model's folder, which must be whole."""
+        return checkpoint.fingerprint(self.folder)
 
     def __call__(self, texts: Sequence[str]) -> list[Prediction]:
         """Predictions for texts, in their order."""
         return self.decode(*self.logits(texts)) if len(texts) else []
 
+    def explain(self, texts: Sequence[str], labels: Sequence[str] | None = None) -> list[Explanation]:
+        """Which words of each text pulled the prediction, and which way: see `attribution.py`.
+
+        Args:
+            labels: of each text, the label whose pull is asked for; None takes the predicted one.
+
+        Raises:
+            ValueError: a label that the model doesn't have.
+        """
+        return explain(self, texts, labels)
+
     def logits(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], Tokens]:
-        """Logits, float32 [texts, labels], before temperature, and the texts' tokens."""
+        """Logits, float32 [texts, labels], before calibration, and the texts' tokens."""
         tokens = self.encode(texts)
-        return score(self._forward, tokens, np.arange(len(tokens)), TEXTS_A_BATCH), tokens
+        return self.forward(tokens), tokens
+
+    def forward(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Logits, float32 [texts, labels], before temperature."""
+        return self.engine.forward(tokens)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         return tokenize(texts, self._tokenizer, self.max_length)
 
+    def seen(self, texts: Sequence[str]) -> list[int]:
+        """Of each text, how many characters the model sees before it is cut."""
+        return characters_seen(texts, self._tokenizer, self.max_length)
+
     def decode(self, logits: NDArray[np.float32], tokens: Tokens) -> list[Prediction]:
-        """Probabilities at the model's temperature, by label."""
-        probabilities = softmax(logits, self.temperature)
+        """Probabilities, calibrated, by label."""
+        probabilities = softmax(logits, *self.calibration)
         lengths = tokens.lengths
         return [
             self._prediction(row, bool(tokens.truncated[i]), int(lengths[i])) for i, row in enumerate(probabilities)
@@ -109,6 +123,14 @@ class Classifier:
         scores = {self.labels[i]: float(probabilities[i]) for i in order}
         label = self.labels[order[0]]
         return Prediction(label, scores[label], scores, truncated, tokens)
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer alone: transformers, which takes seconds to load, isn't needed for it."""
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # what tokenizers raises is a bare Exception
+        raise ModelError(f"{folder}/tokenizer.json: can't be read: {error}") from None
 
 
 def find_model(location: str) -> Storage:

@@ -17,6 +17,7 @@ from emoray.errors import EmorayError, InterruptedRunError, StorageError
 
 if TYPE_CHECKING:
     from emoray.config import TrainConfig
+    from emoray.data import Dataset
 
 app = typer.Typer(
     name="emoray",
@@ -34,6 +35,9 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides, e.g. training.learning_rate=3e-5."),
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, its best/, or a checkpoint; path or URI.")]
+Engine = Annotated[
+    str, typer.Option(metavar="ENGINE", help="torch, onnx, onnx-int8 (see `emoray export`), or auto: the fastest.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
 
 
@@ -85,6 +89,28 @@ def _train(config: TrainConfig, as_json: bool) -> None:
         display.say(f"Model: {folder}/best   Report: {folder}/report.html")
 
 
+@_command("emoray tune configs/tune.yaml model.pretrained=my-encoder/ tune.num_trials=8")
+def tune(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Sweep on Ray Tune: find the best values, and leave best.yaml and best/; the same command goes on."""
+    from emoray.console import out
+    from emoray.tune_config import load
+
+    plan = load(config, overrides or [])
+    from emoray.on_ray.tune import sweep_on_ray
+    from emoray.sweep_console import SweepDisplay
+
+    with SweepDisplay() as display:
+        results = sweep_on_ray(plan, display)
+    folder = f"{plan.config.run.storage_path}/{plan.config.run.name}"
+    if as_json:
+        out(json.dumps(results))
+        return
+    from emoray.storage import Storage, absolute
+
+    out("\n" + Storage(absolute(folder)).read_text("sweep.md").rstrip())
+    display.say(f"Config: {folder}/best.yaml   Model: {folder}/best   Report: {folder}/report.html")
+
+
 @_command("emoray show configs/emotion.yaml training.num_epochs=3")
 def show(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print the resolved config; nothing is started."""
@@ -99,78 +125,302 @@ def show(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
 def check_data(
     source: Annotated[str, typer.Argument(metavar="CONFIG|PATH", help="A training config, or the data itself.")],
     overrides: Overrides = None,
+    label_errors: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="Train the config's recipe on parts of the training split and write the rows there that are likely "
+            "mislabelled; takes twice as long as training.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Is the data well formed? Says all that training would say, without training."""
     from emoray import data
-    from emoray.config import DataConfig, load
+    from emoray.config import load
     from emoray.console import out
 
-    if source.endswith((".yaml", ".yml")):
-        config = load(source, overrides or []).data
-    else:
-        config = load(None, [f"data.dataset={json.dumps(source)}", *(overrides or [])]).data
-    assert isinstance(config, DataConfig)
-    summary = data.summary(data.load(config))
+    named = source.endswith((".yaml", ".yml"))
+    given = overrides or []
+    config = load(source, given) if named else load(None, [f"data.dataset={json.dumps(source)}", *given])
+    dataset = data.load(config.data)
+    summary = data.summary(dataset)
+    if label_errors is not None:
+        summary["label_errors"] = _write_label_errors(config, dataset, label_errors)
     out(json.dumps(summary, ensure_ascii=False) if as_json else _summary_text(summary))
+
+
+def _write_label_errors(config: TrainConfig, dataset: Dataset, path: Path) -> dict[str, Any]:
+    from emoray import label_errors
+    from emoray.console import TrainingDisplay
+
+    with TrainingDisplay() as display:
+        found = label_errors.in_training_split(config, dataset.splits["train"], display.say)
+    label_errors.write_csv(path, found, dataset.splits["train"])
+    return {"path": str(path), "rows": len(found)}
 
 
 @_command('emoray classify runs/emotion/best "i feel wonderful" "leave me alone"')
 def classify(
     model: Model,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts; a single - reads lines from stdin.")],
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which words pulled the prediction, and which way.")
+    ] = False,
+    engine: Engine = "torch",
     as_json: Json = False,
 ) -> None:
     """A quick look at a model, on this machine, without Ray."""
     if texts == ["-"]:
         texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    _print_predictions(model, texts, as_json)
+    _print_predictions(model, texts, as_json, explain, engine)
 
 
-def _print_predictions(model: str, texts: list[str], as_json: bool = False) -> None:
+def _print_predictions(
+    model: str, texts: list[str], as_json: bool = False, explain: bool = False, engine: str = "torch"
+) -> None:
     from dataclasses import asdict
 
     from emoray.classifier import Classifier
     from emoray.console import out
+    from emoray.engines.choice import wanted
 
-    for text, prediction in zip(texts, Classifier.load(model)(texts), strict=True):
+    classifier = Classifier.load(model, engine=wanted(engine))
+    explanations = classifier.explain(texts) if explain else [None] * len(texts)
+    for text, prediction, explanation in zip(texts, classifier(texts), explanations, strict=True):
         if as_json:
-            out(json.dumps({"text": text, **asdict(prediction)}, ensure_ascii=False))
+            words = {} if explanation is None else {"words": [asdict(word) for word in explanation.words]}
+            out(json.dumps({"text": text, **asdict(prediction), **words}, ensure_ascii=False))
         else:
             runner_up = list(prediction.scores.items())[1]
             cut = "  (cut)" if prediction.truncated else ""
             out(f"{prediction.label:<10} {prediction.score:.3f}   ({runner_up[0]} {runner_up[1]:.3f}){cut}   {text}")
+            if explanation is not None:
+                out(f"{'':<17}{explanation.text()}")
 
 
-@_command("emoray evaluate runs/emotion --split test   or   emoray evaluate runs/emotion --data new.csv")
+@_command("emoray evaluate runs/emotion --split test   or   emoray evaluate runs/a runs/b --data new.csv")
 def evaluate(
-    model: Model,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL [MODEL]", help="A run's folder, its best/, or a checkpoint; two are compared."),
+    ],
     data: Annotated[str | None, typer.Option(help="Data to score on; default: what the model was trained on.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    language_column: Annotated[
+        str | None, typer.Option(help="Column that holds the language: figures for each one.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report there as one HTML file.")] = None,
+    engine: Engine = "torch",
     as_json: Json = False,
 ) -> None:
-    """Score a model on a labelled split: headline metrics, a line a label, a report if asked for."""
+    """Score a model on a labelled split, or two on the same rows: do they differ by more than chance?"""
     from emoray.classifier import Classifier
     from emoray.console import out
-    from emoray.evaluation import evaluate as evaluate_on
-    from emoray.evaluation import evaluation_text
+    from emoray.engines.choice import wanted
+    from emoray.evaluation import as_dict, evaluation_text, rows_for, score_on
 
-    classifier = Classifier.load(model)
-    scored = evaluate_on(classifier, data, split)
+    if len(models) > 2:
+        raise typer.BadParameter(f"compares two models, not {len(models)}", param_hint="MODEL")
+    if len(models) == 2 and report is not None:
+        raise typer.BadParameter(
+            "a report is of one model: leave out --report, or name one model", param_hint="--report"
+        )
+    classifiers = [Classifier.load(model, engine=wanted(engine)) for model in models]
+    rows = rows_for(classifiers[0], data, split, language_column)
+    if len(classifiers) == 2:
+        from emoray.comparison import comparison_text, on_same_rows
+
+        found = on_same_rows((classifiers[0], classifiers[1]), (models[0], models[1]), rows)
+        out(json.dumps(found.as_dict(), ensure_ascii=False) if as_json else comparison_text(found))
+        return
+    scored = score_on(classifiers[0], rows)
     if report is not None:
-        from emoray.report import ReportInput, render
+        from emoray.report import of_evaluation, render
 
-        config = classifier.facts["config"]
-        shown = ReportInput(name=config["run"]["name"], config=config, test=scored)
         try:
-            report.write_text(render(shown), encoding="utf-8")
+            report.write_text(render(of_evaluation(classifiers[0], scored)), encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{report}: can't be written: {error.strerror or error}") from None
+    out(json.dumps(as_dict(scored), ensure_ascii=False) if as_json else evaluation_text(scored))
+
+
+@_command("emoray predict runs/emotion reviews.jsonl --output scored.parquet")
+def predict(
+    model: Model,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT... [KEY.PATH=VALUE]...",
+            help="Files of jsonl, csv, tsv or Parquet, folders, globs; also URIs. Overrides: workers.num_workers=4.",
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option(help="One file (.jsonl, .csv, .tsv, .parquet), or a folder for many; a path or URI."),
+    ],
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the texts; default: the one that the model was trained on.")
+    ] = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option("--format", help="jsonl, csv, tsv or parquet; default: by the output's name, else as the input."),
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Begins the names of the new columns, e.g. predicted_.")] = "",
+    on_existing: Annotated[
+        str, typer.Option(help="What is there already: resume, fail or replace.", metavar="WHAT")
+    ] = "resume",
+    as_json: Json = False,
+) -> None:
+    """Score files on Ray Data, row by row; the same command goes on where it was stopped."""
+    for name, value, known in (
+        ("--format", file_format, (None, "jsonl", "csv", "tsv", "parquet")),
+        ("--on-existing", on_existing, ("resume", "fail", "replace")),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(filter(None, known))}", param_hint=name)
+    overrides = [given for given in inputs if given.startswith("workers.") and "=" in given]
+    sources = [given for given in inputs if given not in overrides]
+    if not sources:
+        raise typer.BadParameter("names no input", param_hint="INPUT")
+
+    from emoray.config import load
+    from emoray.console import ScoringDisplay, out
+
+    workers = load(None, overrides).workers
+    from emoray.on_ray.predict import Request, predict_on_ray
+
+    all_room = not any(given.startswith("workers.num_workers=") for given in overrides)
+    request = Request(model, sources, output, text_column, file_format, prefix, on_existing, workers, all_room)
+    with ScoringDisplay() as display:
+        summary = predict_on_ray(request, display)
+    out(json.dumps(summary, ensure_ascii=False) if as_json else _scored_text(summary))
+
+
+def _scored_text(summary: dict[str, Any]) -> str:
+    counts = ", ".join(f"{label} {count:,}" for label, count in summary["labels"].items())
+    errors = f"; {summary['errors']:,} have none, see the column error" if summary["errors"] else ""
+    return f"{summary['output']}: {summary['rows']:,} rows: {counts or 'no predictions'}{errors}"
+
+
+@_command("emoray export runs/emotion   or   emoray export runs/emotion --precision int8")
+def export(
+    model: Model,
+    precision: Annotated[
+        str | None, typer.Option(metavar="fp32|int8", help="One of the two; default: both.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data to compare on, its validation split; default: the model's own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write ONNX graphs beside a model; int8 is kept only if it loses no more than half a point of accuracy."""
+    from emoray.console import out
+    from emoray.console import say as tell
+
+    if precision not in (None, "fp32", "int8"):
+        raise typer.BadParameter(f"is '{precision}', but must be fp32 or int8", param_hint="--precision")
+    from emoray import export as exports
+    from emoray.engines.exports import Precision
+
+    wanted: tuple[Precision, ...] = ("fp32", "int8") if precision is None else (precision,)  # type: ignore[assignment]
+    made = exports.export(model, wanted, data, tell)
     if as_json:
-        out(json.dumps({**scored.metrics(), "split": split, "labels": scored.per_label()}, ensure_ascii=False))
+        out(json.dumps([exports.as_dict(found) for found in made]))
     else:
-        out(evaluation_text(scored))
+        out("\n".join(exports.text(found) for found in made))
+    if not all(found.accepted for found in made):
+        sys.exit(1)
+
+
+@_command("emoray runs   or   emoray runs s3://bucket/runs")
+def runs(
+    storage_path: Annotated[
+        str, typer.Argument(metavar="[STORAGE_PATH]", help="Where runs are kept: a path or URI.")
+    ] = "runs",
+    as_json: Json = False,
+) -> None:
+    """List and compare runs: state, figures, time, and the config keys in which they differ."""
+    from emoray import runs as found
+    from emoray.console import out
+
+    listed = found.read(storage_path)
+    out(json.dumps(found.as_dict(listed), ensure_ascii=False) if as_json else found.text(listed))
+
+
+@_command("emoray serve runs/emotion http.port=8080   or   emoray serve configs/serve.yaml")
+def serve(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG|MODEL", help="A serving config, or a run's name, a model's folder or URI.")
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """HTTP endpoint on Ray Serve; run again with another model, it changes without dropping a request."""
+    from dataclasses import asdict
+
+    from emoray.console import out
+    from emoray.console import say as tell
+    from emoray.on_ray.serve_command import endpoint, wait_for_the_end
+    from emoray.serve_config import load
+
+    if source.endswith((".yaml", ".yml")):
+        config = load(source, overrides or [])
+    else:
+        config = load(None, [f"model={json.dumps(source)}", *(overrides or [])])
+    with endpoint(config, tell) as ready:
+        out(json.dumps(asdict(ready)) if as_json else ready.text())
+        if ready.is_here:
+            wait_for_the_end()
+
+
+@_command("emoray submit --detach -- train configs/emotion.yaml run.storage_path=s3://bucket/runs")
+def submit(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="-- COMMAND...", help="A command of emoray's, e.g. train CONFIG.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or this machine's.")
+    ] = None,
+    working_dir: Annotated[str, typer.Option(help="Folder to upload; .gitignore and .rayignore say what isn't.")] = ".",
+    runtime_env: Annotated[
+        str | None, typer.Option(help="For clusters that lack emoray: cluster/runtime_env.yaml.")
+    ] = None,
+    retries: Annotated[int, typer.Option(help="How often a job that is lost is given again, to go on.")] = 0,
+    detach: Annotated[bool, typer.Option("--detach", help="Don't follow the job.")] = False,
+    follow: Annotated[str | None, typer.Option(metavar="JOB", help="Follow a job that was submitted before.")] = None,
+) -> None:
+    """Run a command as a job on a cluster, and follow its log; exits 0 succeeded, 1 failed, 3 stopped."""
+    from emoray.console import say as tell
+    from emoray.on_ray import jobs
+
+    try:
+        if follow is not None:
+            status = jobs.told(follow, jobs.follow(jobs.connect(address), follow, tell), tell)
+        else:
+            order = jobs.Order(command or [], address, working_dir, runtime_env, retries)
+            status = jobs.submit(order, detach, tell)
+    except KeyboardInterrupt:
+        tell("No longer followed; the job goes on (`ray job stop` ends it, `emoray submit --follow` follows it again)")
+        status = 128 + signal.SIGINT
+    sys.exit(status)
+
+
+@_command("emoray monitor")
+def monitor(
+    port: Annotated[int, typer.Option(help="Where Prometheus listens, on this machine alone.")] = 9090,
+    as_json: Json = False,
+) -> None:
+    """Start Prometheus on this machine's Ray clusters, and say where to look; Ctrl-C ends it."""
+    from dataclasses import asdict
+
+    from emoray.console import out
+    from emoray.monitor import watch
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with watch(port) as (where, process):
+        out(json.dumps(asdict(where)) if as_json else where.text())
+        process.wait()
 
 
 @_command("emoray doctor   or   emoray doctor configs/emotion.yaml workers.num_workers=4")
@@ -200,6 +450,9 @@ def _summary_text(summary: dict[str, Any]) -> str:
         counts = ", ".join(f"{label} {count:,}" for label, count in split["labels"].items())
         lines.append(f"  {name:<11}{split['rows']:>9,} rows, {split['words']['mean']:.1f} words on average: {counts}")
     lines += [f"  warning: {warning}" for warning in summary["warnings"]]
+    if "label_errors" in summary:
+        found = summary["label_errors"]
+        lines.append(f"  {found['rows']:,} rows of train are likely mislabelled, likeliest first: {found['path']}")
     return "\n".join([*lines, f"  fingerprint {summary['fingerprint']}", "The data is well formed."])
 
 

@@ -47,6 +47,9 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
 
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "emotion"
@@ -77,6 +80,8 @@ class DataConfig(Section):
     """Column that holds the text."""
     label_column: Annotated[str, Field(min_length=1)] = "label"
     """Column that holds the label's name or id."""
+    language_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column that holds the language, for a table a language; null has none. Training doesn't look at it."""
     labels: tuple[str, ...] | None = None
     """The label names in order of their ids; null takes them from the data."""
     validation_fraction: Annotated[float, Number, Field(gt=0, lt=0.5)] = 0.1
@@ -92,6 +97,8 @@ class DataConfig(Section):
     def _columns_differ(self) -> DataConfig:
         if self.text_column == self.label_column:
             raise ValueError(f"text_column and label_column are both '{self.text_column}': name two columns")
+        if self.language_column in (self.text_column, self.label_column):
+            raise ValueError(f"language_column is '{self.language_column}', which holds the text or the label")
         return self
 
 
@@ -136,6 +143,8 @@ class TrainingConfig(Section):
     """Validation metric that picks best/ (loss: the lowest; the others: the highest)."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a better metric; null never stops early."""
+    evaluations_per_epoch: PositiveInt = 1
+    """Evaluations, each with a checkpoint, at equal distances within an epoch; the last one at its end."""
     packing: Switch = "auto"
     """Texts end to end in one row, without padding; `auto` where the encoder allows it."""
     compact_vocabulary: Switch = "auto"
@@ -156,7 +165,9 @@ class WorkersConfig(Section):
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Number of training workers, or [min, max]: elastic between them."""
     use_gpu: Literal["auto"] | bool = "auto"
-    """One GPU a worker; `auto` where the cluster has GPUs."""
+    """Workers on GPUs; `auto` where the cluster has any."""
+    gpus_per_worker: Annotated[float, Number, Field(gt=0, le=1)] = 1.0
+    """Share of a GPU that a worker takes, e.g. 0.5 for two trials of a sweep on one GPU."""
     cpus_per_worker: PositiveInt | None = None
     """CPUs, and threads, of a worker; null is an even share of the machine."""
     max_failures: Annotated[int, Number, Field(ge=0)] = 3
@@ -180,6 +191,15 @@ class WorkersConfig(Section):
     def _range_is_ordered(self) -> WorkersConfig:
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers must be [min, max] with min <= max, not {list(self.num_workers)}")  # type: ignore[arg-type]
+        return self
+
+    @model_validator(mode="after")
+    def _workers_of_a_run_share_no_gpu(self) -> WorkersConfig:
+        if self.gpus_per_worker < 1 and self.max_workers > 1:
+            raise ValueError(
+                f"gpus_per_worker is {self.gpus_per_worker:g} with {self.max_workers} workers, but NCCL wants a GPU "
+                "for each worker of a run: set gpus_per_worker to 1 or num_workers to 1"
+            )
         return self
 
 
@@ -238,9 +258,6 @@ class TrainConfig(Section):
             del keys["training.train_batch_size"]
         return keys
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
 
 C = TypeVar("C", bound=Section)
 
@@ -260,18 +277,24 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
 
 def load_as(schema: type[C], path: str | Path | None, overrides: Iterable[str] = ()) -> C:
     """As `load`, for any kind of config."""
-    tree = _read_yaml(path) if path is not None else {}
-    problems: list[str] = []
-    for override in overrides:
-        problem = _apply(tree, override)
-        if problem:
-            problems.append(problem)
-    return _validate(tree, schema, str(path) if path is not None else "config", problems)
+    tree = read_yaml(path) if path is not None else {}
+    problems = override_tree(tree, overrides)
+    return validate(tree, schema, str(path) if path is not None else "config", problems)
 
 
 def parse(tree: Mapping[str, Any], subject: str = "config") -> TrainConfig:
     """Check a config that is already a tree of dicts, e.g. one stored with a checkpoint."""
-    return _validate(dict(tree), TrainConfig, subject, [])
+    return validate(dict(tree), TrainConfig, subject, [])
+
+
+def override(config: C, overrides: Iterable[str], subject: str = "config") -> C:
+    """A checked config with `key.path=value` overrides on it.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    tree = config.model_dump(mode="json")
+    return validate(tree, type(config), subject, override_tree(tree, overrides))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -291,7 +314,27 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+class _NoKeyTwice(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word, although YAML 1.2 forbids them (3.2.1.3)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The tree that a config file holds, unchecked.
+
+    Raises:
+        ConfigError: it can't be read, or is no YAML with sections.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -300,7 +343,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"can't be read as UTF-8 text: {error}"]) from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _NoKeyTwice)
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from None
     if tree is None:
@@ -308,6 +351,11 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(str(path), [f"holds a {type(tree).__name__}, but must hold sections such as 'training:'"])
     return tree
+
+
+def override_tree(tree: dict[str, Any], overrides: Iterable[str]) -> list[str]:
+    """Set `key.path=value` overrides in a tree; returns what is wrong with them."""
+    return [problem for text in overrides if (problem := _apply(tree, text))]
 
 
 def _apply(tree: dict[str, Any], override: str) -> str | None:
@@ -331,7 +379,15 @@ def _apply(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _validate(tree: dict[str, Any], schema: type[C], subject: str, problems: list[str]) -> C:
+def validate(tree: dict[str, Any], schema: type[C], subject: str, problems: list[str]) -> C:
+    """A tree as a checked config.
+
+    Args:
+        problems: what was found before; told together with what is found now.
+
+    Raises:
+        ConfigError: with every problem.
+    """
     # An empty section in YAML is null; it means the defaults.
     tree = {k: ({} if v is None and _is_section(schema, k) else v) for k, v in tree.items()}
     try:

@@ -13,6 +13,59 @@ LOG_EVERY_S = 10.0
 """A job's log gets a line of progress this often, in seconds."""
 
 
+class Meter:
+    """How far something is: a live bar on a terminal, in a log a plain line at a steady pace.
+
+    Args:
+        title: beside the bar.
+        unit: of what is counted, in a log.
+    """
+
+    def __init__(self, console: Console, title: str, unit: str) -> None:
+        self._console, self._title, self._unit = console, title, unit
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._logged_at = 0.0
+        self._first: tuple[float, int] | None = None
+
+    def show(self, done: int, total: int, figures: str) -> None:
+        if self._console.is_terminal:
+            self._draw(done, total, figures)
+        elif time.monotonic() - self._logged_at >= LOG_EVERY_S or done == total:
+            self._logged_at = time.monotonic()
+            line = f"{self._unit} {done}/{total}  {figures}  {self._time_left(done, total)}"
+            self._console.print(line.rstrip(), markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _draw(self, done: int, total: int, figures: str) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(self._title, total=total, completed=done, figures="")
+            self._bar.start()
+        assert self._task is not None
+        self._bar.update(self._task, completed=done, figures=figures)
+
+    def _time_left(self, done: int, total: int) -> str:
+        now = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = now, done
+        started, first = self._first
+        if done == first:
+            return ""
+        left = (now - started) / (done - first) * (total - done)
+        return f"{int(left) // 60}:{int(left) % 60:02d} left"
+
+
 class TrainingDisplay:
     """A live bar on a terminal; in a log a plain line at a steady pace.
 
@@ -21,20 +74,19 @@ class TrainingDisplay:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._logged_at = 0.0
-        self._first: tuple[float, int] | None = None
+        self._meter = Meter(self.console, "Training", "step")
 
     def __enter__(self) -> TrainingDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._meter.stop()
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Nothing that a person must know beyond what is said."""
 
     def evaluation(self, entry: dict[str, Any]) -> None:
         self.say(
@@ -43,36 +95,7 @@ class TrainingDisplay:
         )
 
     def row(self, row: dict[str, Any], total_steps: int) -> None:
-        if self.console.is_terminal:
-            self._draw(row, total_steps)
-        elif time.monotonic() - self._logged_at >= LOG_EVERY_S or row["step"] == total_steps:
-            self._logged_at = time.monotonic()
-            self.say(f"step {row['step']}/{total_steps}  {_figures(row)}  {self._time_left(row['step'], total_steps)}")
-
-    def _draw(self, row: dict[str, Any], total_steps: int) -> None:
-        if self._bar is None:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("Training", total=total_steps, completed=row["step"], figures="")
-            self._bar.start()
-        assert self._task is not None
-        self._bar.update(self._task, completed=row["step"], figures=_figures(row))
-
-    def _time_left(self, step: int, total_steps: int) -> str:
-        now = time.monotonic()
-        if self._first is None or step < self._first[1]:
-            self._first = now, step
-        started, first = self._first
-        if step == first:
-            return ""
-        left = (now - started) / (step - first) * (total_steps - step)
-        return f"{int(left) // 60}:{int(left) % 60:02d} left"
+        self._meter.show(row["step"], total_steps, _figures(row))
 
 
 def _figures(row: dict[str, Any]) -> str:
@@ -80,6 +103,37 @@ def _figures(row: dict[str, Any]) -> str:
         f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
         f"{row['tokens_per_s']:,.0f} tokens/s"
     )
+
+
+class ScoringDisplay:
+    """As `TrainingDisplay`, of rows that are scored."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._meter = Meter(self.console, "Scoring", "row")
+        self._first: tuple[float, int] | None = None
+
+    def __enter__(self) -> ScoringDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def rows(self, done: int, total: int, faults: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, done
+        started, first = self._first
+        speed = f"{(done - first) / (now - started):,.0f} rows/s" if done > first else ""
+        self._meter.show(done, total, f"{speed}{f'  {faults:,} with an error' if faults else ''}")
+
+
+def say(line: str) -> None:
+    """A line about what is going on, on stderr."""
+    Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
 
 
 def fail(message: str) -> None:

@@ -22,7 +22,7 @@ from emoray import data_hub
 from emoray.config import DataConfig
 from emoray.data_checks import Ids, check_presence, check_texts, label_set, normalise_labels, to_ids
 from emoray.data_files import SPLITS, Source, near, read_path
-from emoray.data_formats import Rows, at, count, listing
+from emoray.data_formats import Columns, Rows, at, count, listing
 from emoray.errors import DataError
 
 QUICKSTART = Path(__file__).parent / "quickstart_data"
@@ -39,6 +39,8 @@ class Split:
     """[rows], ids into Dataset.labels."""
     rows: Ids
     """[rows], 1-based line (Parquet and Hub: row) numbers in the file that the row came from."""
+    languages: list[str] | None = None
+    """What `data.language_column` holds of each row, "unknown" where it is empty; None without that column."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def summary(dataset: Dataset) -> dict[str, Any]:
 
 def _read(config: DataConfig) -> Source:
     source = Source()
-    columns = (config.text_column, config.label_column)
+    columns = Columns(config.text_column, config.label_column, config.language_column)
     name = config.dataset
     try:
         path = QUICKSTART if name == "quickstart" else Path(name).expanduser()
@@ -179,7 +181,13 @@ def _join(name: str, parts: list[Rows], ids: dict[int, Ids]) -> Split:
         [text for rows in parts for text in rows.texts],
         np.concatenate([ids[id(rows)] for rows in parts]),
         np.concatenate([np.array(rows.numbers, dtype=np.int64) for rows in parts]),
+        _languages(parts),
     )
+
+
+def _languages(parts: list[Rows]) -> list[str] | None:
+    held = [language for rows in parts if rows.languages is not None for language in rows.languages]
+    return [str(language or "").strip() or "unknown" for language in held] or None
 
 
 def _cut(splits: dict[str, Split], labels: tuple[str, ...], fraction: float, problems: list[str]) -> list[str]:
@@ -245,7 +253,9 @@ def _move(texts: list[str], where: dict[str, list[int]], home: Ids, part: int, t
 
 
 def _take(split: Split, name: str, mask: npt.NDArray[np.bool_]) -> Split:
-    return Split(name, [split.texts[i] for i in np.flatnonzero(mask)], split.labels[mask], split.rows[mask])
+    kept = np.flatnonzero(mask)
+    languages = None if split.languages is None else [split.languages[i] for i in kept]
+    return Split(name, [split.texts[i] for i in kept], split.labels[mask], split.rows[mask], languages)
 
 
 def _fingerprint(labels: tuple[str, ...], splits: dict[str, Split]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emoray.config import nearest
-from emoray.data_formats import FORMATS, Rows, count, listing, read_file
+from emoray.data_formats import FORMATS, Columns, Rows, count, listing, read_file
 
 SPLITS = {
     "train": ("train", "training"),
@@ -16,8 +16,8 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 SPLIT_OF = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
-# What `datasets` itself writes beside the data; never rows.
-_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""What `datasets` itself writes beside the data; never rows."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Source:
     warnings: list[str] = field(default_factory=list)
 
 
-def read_path(path: Path, columns: tuple[str, str], source: Source) -> None:
+def read_path(path: Path, columns: Columns, source: Source) -> None:
     """Read a file (all of it is train) or a folder into `source`; problems are added there, never raised."""
     try:
         if path.is_dir():
@@ -43,7 +43,7 @@ def read_path(path: Path, columns: tuple[str, str], source: Source) -> None:
         source.problems.append(f"{error.filename or path}: can't be read: {error.strerror or error}")
 
 
-def _read_folder(folder: Path, columns: tuple[str, str], source: Source) -> None:
+def _read_folder(folder: Path, columns: Columns, source: Source) -> None:
     files = _find(folder, source) or (_find(folder / "data", source) if (folder / "data").is_dir() else {})
     if not files and not source.problems:
         deeper = sorted({p.parent.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if _is_data(p)})
@@ -88,7 +88,7 @@ def _find(folder: Path, source: Source) -> dict[str, list[Path]]:
 
 
 def _is_data(path: Path) -> bool:
-    hidden = path.name.startswith((".", "_")) or path.name in _NOT_DATA
+    hidden = path.name.startswith((".", "_")) or path.name in NOT_DATA
     return path.suffix.lower() in FORMATS and not hidden and path.is_file()
 
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from emoray.config import nearest
 
@@ -28,6 +28,19 @@ FORMATS = {
 }
 
 
+class Columns(NamedTuple):
+    """Names of the columns that are read."""
+
+    text: str
+    label: str
+    language: str | None = None
+    """None where languages are not asked for."""
+
+    def names(self) -> list[str]:
+        """Each name once."""
+        return list(dict.fromkeys(name for name in self if name is not None))
+
+
 @dataclass
 class Rows:
     """Raw rows of one file or one Hub split; the lists run in parallel."""
@@ -40,8 +53,17 @@ class Rows:
     labels: list[Any] = field(default_factory=list)
     names: tuple[str, ...] | None = None
     """What integer labels mean, where the source says so (a ClassLabel column)."""
+    languages: list[Any] | None = None
+    """As read; None where no language column was asked for."""
     whole: bool = True
     """False where a problem kept some rows from being read."""
+
+    def add(self, number: int, text: Any, label: Any, language: Any = None) -> None:
+        self.numbers.append(number)
+        self.texts.append(text)
+        self.labels.append(label)
+        if self.languages is not None:
+            self.languages.append(language)
 
 
 def count(number: int, noun: str) -> str:
@@ -65,17 +87,18 @@ def listing(names: Sequence[Any], most: int = 10) -> str:
     )
 
 
-def read_file(path: Path, where: str, columns: tuple[str, str], problems: list[str]) -> Rows:
+def read_file(path: Path, where: str, columns: Columns, problems: list[str]) -> Rows:
     """Read one file by its suffix.
 
     Args:
         path: the file.
         where: its name in messages.
-        columns: names of the text and the label column.
+        columns: names of the columns to read.
         problems: gets one sentence for each kind of problem.
     """
     kind = FORMATS[path.suffix.lower()]
     rows = Rows(where, "row" if kind == "parquet" else "line")
+    rows.languages = None if columns.language is None else []
     before = len(problems)
     try:
         if path.stat().st_size == 0:
@@ -89,7 +112,7 @@ def read_file(path: Path, where: str, columns: tuple[str, str], problems: list[s
             elif kind == "jsonl":
                 _read_jsonl(text, rows, columns, problems)
             elif kind == "txt":
-                _read_txt(text, rows, problems)
+                _read_txt(text, rows, columns, problems)
             else:
                 _read_csv(text, rows, columns, problems, "\t" if kind == "tsv" else ",")
     except OSError as error:
@@ -126,12 +149,13 @@ def _column_problem(where: str, column: str, existing: Sequence[str], key: str) 
     )
 
 
-def missing_columns(where: str, columns: tuple[str, str], existing: Sequence[str]) -> list[str]:
-    keys = ("text_column", "label_column")
-    return [_column_problem(where, c, existing, k) for c, k in zip(columns, keys, strict=True) if c not in existing]
+def missing_columns(where: str, columns: Columns, existing: Sequence[str]) -> list[str]:
+    keys = ("text_column", "label_column", "language_column")
+    wanted = [(column, key) for column, key in zip(columns, keys, strict=True) if column is not None]
+    return [_column_problem(where, column, existing, key) for column, key in wanted if column not in existing]
 
 
-def _read_jsonl(text: str, rows: Rows, columns: tuple[str, str], problems: list[str]) -> None:
+def _read_jsonl(text: str, rows: Rows, columns: Columns, problems: list[str]) -> None:
     if text.lstrip().startswith("["):
         problems.append(f"{rows.where}: is one JSON array, but must hold one object a line: convert it (jq -c '.[]')")
         return
@@ -152,9 +176,7 @@ def _read_jsonl(text: str, rows: Rows, columns: tuple[str, str], problems: list[
             others.append(number)
             continue
         seen.update(dict.fromkeys(row))
-        rows.numbers.append(number)
-        rows.texts.append(row.get(columns[0]))
-        rows.labels.append(row.get(columns[1]))
+        rows.add(number, row.get(columns.text), row.get(columns.label), row.get(columns.language or ""))
     if broken:
         problems.append(finding(rows, broken, "of broken JSON", f"{first}; each line must be one whole JSON object"))
     if others:
@@ -162,16 +184,20 @@ def _read_jsonl(text: str, rows: Rows, columns: tuple[str, str], problems: list[
     _drop_unless_columns(rows, columns, list(seen), problems)
 
 
-def _drop_unless_columns(rows: Rows, columns: tuple[str, str], seen: list[str], problems: list[str]) -> None:
+def _drop_unless_columns(rows: Rows, columns: Columns, seen: list[str], problems: list[str]) -> None:
     """A column that no row has is one problem, not one a row."""
     missing = missing_columns(rows.where, columns, seen) if rows.numbers else []
     if missing:
         problems.extend(missing)
         rows.numbers, rows.texts, rows.labels = [], [], []
+        rows.languages = None if rows.languages is None else []
 
 
-def _read_txt(text: str, rows: Rows, problems: list[str]) -> None:
+def _read_txt(text: str, rows: Rows, columns: Columns, problems: list[str]) -> None:
     bare = []
+    if columns.language is not None:
+        problems.append(_column_problem(rows.where, columns.language, ["text", "label"], "language_column"))
+        return
     for number, line in enumerate(text.split("\n"), 1):
         if not line or line.isspace():
             continue
@@ -179,26 +205,20 @@ def _read_txt(text: str, rows: Rows, problems: list[str]) -> None:
         if not semicolon:
             bare.append(number)
             continue
-        rows.numbers.append(number)
-        rows.texts.append(words)
-        rows.labels.append(label)
+        rows.add(number, words, label)
     if bare:
         problems.append(finding(rows, bare, "without a ';' before the label", "write text;label"))
 
 
-def _read_csv(text: str, rows: Rows, columns: tuple[str, str], problems: list[str], delimiter: str) -> None:
+def _read_csv(text: str, rows: Rows, columns: Columns, problems: list[str], delimiter: str) -> None:
     header, first = text.lstrip("\r\n").split("\n", 1)[0], ""
-    for other in (delimiter, ";", "\t", ","):
-        # Spreadsheets in many countries write semicolons; the header settles which it is.
-        if set(columns) <= {name.strip().strip('"') for name in header.split(other)}:
-            delimiter = other
-            break
+    delimiter = delimiter_of(header, columns.names(), delimiter)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
     broken: list[int] = []
     uneven: list[int] = []
-    text_at = label_at = 0
-    for number, record in _records(reader):
+    places: list[int] = []
+    for number, record in records(reader):
         if isinstance(record, csv.Error):
             broken.append(number)
             first = first or f"{record}"
@@ -208,13 +228,11 @@ def _read_csv(text: str, rows: Rows, columns: tuple[str, str], problems: list[st
             if missing:
                 problems.extend(f"{sentence} (the first line must name the columns)" for sentence in missing)
                 return
-            text_at, label_at = (names.index(column) for column in columns)
+            places = [names.index(column) for column in columns if column is not None]
         elif record and len(record) != len(names):
             uneven.append(number)
         elif record:
-            rows.numbers.append(number)
-            rows.texts.append(record[text_at])
-            rows.labels.append(record[label_at])
+            rows.add(number, *(record[place] for place in places))
     if broken:
         remedy = f"{first}; put texts with quotes or separators in quotes and double the quotes inside"
         problems.append(finding(rows, broken, "that can't be taken apart", remedy))
@@ -223,7 +241,20 @@ def _read_csv(text: str, rows: Rows, columns: tuple[str, str], problems: list[st
         problems.append(finding(rows, uneven, "with a wrong number of fields", remedy))
 
 
-def _records(reader: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
+def delimiter_of(header: str, columns: Sequence[str], usual: str) -> str:
+    """What separates the fields of a csv file: spreadsheets in many countries write semicolons; its header settles it.
+
+    Args:
+        columns: names that the header must hold.
+        usual: taken where it fits as well as others, or none does.
+    """
+    for delimiter in (usual, ";", "\t", ","):
+        if set(columns) <= {name.strip().strip('"') for name in header.split(delimiter)}:
+            return delimiter
+    return usual
+
+
+def records(reader: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Records with the line they start on; the reader itself goes on after a broken one."""
     while True:
         number = reader.line_num + 1
@@ -235,7 +266,7 @@ def _records(reader: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
             yield number, error
 
 
-def _read_parquet(path: Path, rows: Rows, columns: tuple[str, str], problems: list[str]) -> None:
+def _read_parquet(path: Path, rows: Rows, columns: Columns, problems: list[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -246,19 +277,21 @@ def _read_parquet(path: Path, rows: Rows, columns: tuple[str, str], problems: li
             if missing:
                 problems.extend(missing)
                 return
-            table = file.read(columns=list(dict.fromkeys(columns)))
+            table = file.read(columns=columns.names())
     except pa.ArrowException as error:
         problems.append(f"{rows.where}: is no readable Parquet file ({str(error).splitlines()[0]}): write it again")
         return
-    rows.names = _class_names(schema.metadata, columns[1])
+    rows.names = _class_names(schema.metadata, columns.label)
     take_table(table, rows, columns, problems)
 
 
-def take_table(table: Any, rows: Rows, columns: tuple[str, str], problems: list[str]) -> None:
-    """Fill `rows` from a pyarrow table that has both columns."""
+def take_table(table: Any, rows: Rows, columns: Columns, problems: list[str]) -> None:
+    """Fill `rows` from a pyarrow table that has all columns."""
     rows.numbers = list(range(1, table.num_rows + 1))
     values: list[list[Any]] = []
     for name in columns:
+        if name is None:
+            continue
         try:
             values.append(table.column(name).to_pylist())
         except UnicodeDecodeError:
@@ -266,7 +299,8 @@ def take_table(table: Any, rows: Rows, columns: tuple[str, str], problems: list[
             problems.append(finding(rows, bad, f"whose '{name}' is not in UTF-8", "write it again in UTF-8"))
             rows.numbers = []
             return
-    rows.texts, rows.labels = values
+    rows.texts, rows.labels = values[:2]
+    rows.languages = values[2] if columns.language is not None else None
 
 
 def _is_utf8(value: bytes | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from emoray import hub
 from emoray.data_files import SPLIT_OF, Source
-from emoray.data_formats import Rows, count, listing, missing_columns, take_table
+from emoray.data_formats import Columns, Rows, count, listing, missing_columns, take_table
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -24,12 +24,12 @@ def is_id(dataset: str) -> bool:
     )
 
 
-def read(dataset: str, columns: tuple[str, str], source: Source, hint: str = "") -> None:
+def read(dataset: str, columns: Columns, source: Source, hint: str = "") -> None:
     """Read a Hub data set into `source`; problems are added there, never raised.
 
     Args:
         dataset: the Hub id.
-        columns: names of the text and the label column.
+        columns: names of the columns to read.
         source: gets the rows of every split with a usual name.
         hint: what exists here under a similar name, for the message.
     """
@@ -56,14 +56,14 @@ def read(dataset: str, columns: tuple[str, str], source: Source, hint: str = "")
         source.warnings.append(f"{count(len(left_out), 'split')} of the Hub data set not read: {listing(left_out)}.")
 
 
-def _rows(split: Any, name: str, columns: tuple[str, str], problems: list[str]) -> Rows:
+def _rows(split: Any, name: str, columns: Columns, problems: list[str]) -> Rows:
     rows = Rows(name, "row")
     problems_here = missing_columns(name, columns, split.column_names)
     if not problems_here:
-        feature = split.features[columns[1]]
+        feature = split.features[columns.label]
         rows.names = tuple(feature.names) if hasattr(feature, "names") else None
         take_table(
-            split.select_columns(list(dict.fromkeys(columns))).with_format("arrow")[:],
+            split.select_columns(columns.names()).with_format("arrow")[:],
             rows,
             columns,
             problems_here,

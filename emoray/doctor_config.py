@@ -18,6 +18,7 @@ import numpy as np
 from emoray.doctor_findings import Case, Finding, gib, ok, problem, warning
 from emoray.doctor_machine import existing, free_memory
 from emoray.errors import ConfigError, DataError, EmorayError, StorageError
+from emoray.storage import cache_folder
 
 if TYPE_CHECKING:
     from emoray.task import Task
@@ -65,7 +66,7 @@ def storage(case: Case) -> Iterator[Finding]:
 
 def token_cache(_: Case) -> Iterator[Finding]:
     """Where tokens are kept, so that the same texts are never tokenised twice."""
-    folder = Path(os.environ.get("EMORAY_CACHE") or Path.home() / ".cache" / "emoray") / "tokens"
+    folder = cache_folder() / "tokens"
     place = existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         found = f"{place} can't be written, so texts are tokenised anew for each run"

@@ -1,61 +1,80 @@
-"""Dropout that depends on (seed, step, micro-batch) and on nothing else.
+"""Dropout whose masks belong to texts: pure functions of (seed, step, text), and of nothing else.
 
 A run that was killed and started again must draw the masks that it would have drawn, so no mask may depend on the
-history of a global generator. :meth:`DropoutSource.begin` starts a fresh stream per micro-batch; every dropout layer
-of the model reads from it in the order of the forward pass, which the model and the batch determine.
+history of a generator. Nor should it matter which worker or micro-batch a text lies in: each element's bits are a
+hash of (seed, step, text, token, dropout layer, element), as in counter-based generators (Salmon et al. 2011, "Parallel
+random numbers: as easy as 1, 2, 3"), so that any number of workers trains the same model.
 
-Masks are also cheap this way: 16 random bits an element, drawn in bulk and compared with a threshold, take about a
-fifth of the time of torch's own CPU dropout.
+Masks are also cheap this way: 16 bits an element, hashed in bulk and compared with a threshold, take about a fifth of
+the time of torch's own CPU dropout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 _WORDS = 1 << 16
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_CACHED = 1 << 15
+"""Words hashed at a time: the passes over them then stay within a core's second-level cache."""
 
 
 class DropoutSource:
-    """A stream of scaled dropout masks, a pure function of the key last given to :meth:`begin`.
+    """Scaled dropout masks of one micro-batch after the other, each begun with :meth:`begin`.
 
-    On CPU the words come from numpy (one thread, so the thread count changes nothing); on other devices from one
-    torch generator per device. The two give different masks for the same key.
+    On CPU masks belong to texts. On other devices, where a kernel per text would cost more than the step, and in
+    torch's own attention kernels, they belong to the micro-batch, named by its texts: as repeatable, but other
+    numbers of workers draw other ones.
     """
 
     def __init__(self) -> None:
-        self._words: np.random.SFC64 | None = None
+        self._tokens: NDArray[np.uint64] | None = None
+        self._first: NDArray[np.int64] = np.empty(0, np.int64)
+        self._layer = 0
         self._seed = 0
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def begin(self, *, seed: int, step: int, micro_batch: int) -> None:
-        """Start the stream of one micro-batch; call it before every forward pass in training mode.
-
-        Torch's global generators are reseeded from the same key, for dropout that happens inside torch's kernels
-        (sdpa attention on padded batches).
+    def begin(
+        self,
+        *,
+        seed: int,
+        step: int,
+        texts: NDArray[np.int64],
+        places: NDArray[np.int64],
+        first: NDArray[np.int64],
+    ) -> None:
+        """Name the rows of a micro-batch; call it before every forward pass in training mode.
 
         Args:
             seed: the run's seed, at least 0.
             step: the optimizer step, at least 0.
-            micro_batch: which micro-batch of that step, counted over all workers, at least 0.
+            texts: which text of the data set each token of the micro-batch belongs to, int64 [tokens], padding
+                included.
+            places: which token of its text each one is, int64 [tokens].
+            first: the texts' first tokens, in the order in which the model keeps them, int64 [n_texts].
 
         Raises:
-            ValueError: a negative part of the key.
+            ValueError: a negative seed or step.
         """
-        key = np.random.SeedSequence((seed, step, micro_batch))
-        self._words = np.random.SFC64(key)
-        self._seed = int(key.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        (key,) = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+        keys = _mix(_mix(key + texts.astype(np.uint64) * _GOLDEN) + places.astype(np.uint64))
+        self._tokens, self._first, self._layer = keys, first, 0
+        self._seed = int(keys[0] >> np.uint64(1))
         self._generators.clear()
         torch.manual_seed(self._seed)
 
     def scaled_mask(
         self, shape: torch.Size | tuple[int, ...], p: float, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """The next mask of the stream: 0 where an element is dropped, else 1 / (share kept).
+        """The next layer's mask: 0 where an element is dropped, else 1 / (share kept).
 
         Args:
-            shape: of the mask.
+            shape: [..., elements], with one row a token or one a text.
             p: probability of a drop, 0 <= p < 1, rounded to a multiple of 2**-16; the scale belongs to the
                 rounded value, so the expectation is kept, up to what `dtype` resolves (bfloat16: 0.2%).
             device: where the mask lies.
@@ -64,26 +83,99 @@ class DropoutSource:
         Raises:
             RuntimeError: :meth:`begin` was never called.
         """
-        if self._words is None:
-            raise RuntimeError("call DropoutSource.begin() before a forward pass in training mode")
-        threshold = min(round(p * _WORDS), _WORDS - 1)
-        # int16 words are uniform on [-2**15, 2**15): torch compares those in SIMD, and writes floats in the same pass.
-        words = self._cpu_words(shape) if device.type == "cpu" else self._device_words(shape, device)
-        mask = torch.empty(shape, dtype=dtype, device=device)
-        torch.ge(words, threshold - _WORDS // 2, out=mask)
-        return mask.mul_(_WORDS / (_WORDS - threshold))
+        if device.type != "cpu":
+            return _threshold(self._device_words(shape, device), p, torch.empty(shape, dtype=dtype, device=device))
+        width = shape[-1] if shape else 1
+        mask = torch.empty(shape, dtype=dtype)
+        rows = mask.numel() // width if width else 0
+        keys = self._rows(rows)
+        return self._fill(mask.view(-1), keys, [(rows, width)], p).view(shape)
 
-    def _cpu_words(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        assert self._words is not None
-        count = int(np.prod(shape, dtype=np.int64))
-        raw = np.atleast_1d(self._words.random_raw((count + 3) // 4))
-        return torch.from_numpy(raw.view(np.int16)[:count]).view(shape)
+    def scaled_scores(
+        self, rows: NDArray[np.int64], heads: int, shapes: Sequence[tuple[int, int]], p: float, dtype: torch.dtype
+    ) -> Tensor:
+        """The next layer's mask for attention's scores on CPU, where texts lie in blocks of different sizes.
+
+        Args:
+            rows: token * heads + head of each row of the blocks, int64 [rows].
+            shapes: (rows, elements) of each block; the rows of all add up to those of `rows`.
+
+        Returns:
+            The blocks' masks end to end, flat.
+        """
+        tokens, head = np.divmod(rows, heads)
+        keys = self._keys()[tokens] + head.astype(np.uint64) * _GOLDEN
+        return self._fill(torch.empty(sum(n * width for n, width in shapes), dtype=dtype), keys, shapes, p)
+
+    def _keys(self) -> NDArray[np.uint64]:
+        if self._tokens is None:
+            raise RuntimeError("call DropoutSource.begin() before a forward pass in training mode")
+        return self._tokens
+
+    def _rows(self, count: int) -> NDArray[np.uint64]:
+        """Keys of so many rows: tokens, first tokens, or, in a layer of an unknown shape, numbered ones."""
+        keys = self._keys()
+        if count == len(keys):
+            return keys
+        return keys[self._first] if count == len(self._first) else keys[0] + np.arange(count, dtype=np.uint64)
+
+    def _fill(self, mask: Tensor, keys: NDArray[np.uint64], shapes: Sequence[tuple[int, int]], p: float) -> Tensor:
+        self._layer += 1
+        keys = _mix(keys ^ (np.uint64(self._layer) << np.uint64(32)))
+        row = place = 0
+        for rows, width in shapes:
+            words = torch.from_numpy(_words(keys[row : row + rows], width))[:, :width]
+            _threshold(words, p, mask[place : place + rows * width].view(rows, width))
+            row, place = row + rows, place + rows * width
+        return mask
 
     def _device_words(self, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+        self._keys()
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         words = torch.empty(shape, dtype=torch.int16, device=device)
         return words.random_(-_WORDS // 2, _WORDS // 2, generator=self._generators[device])
+
+
+def _threshold(words: Tensor, p: float, out: Tensor) -> Tensor:
+    """`out` as the scaled mask of int16 words that are uniform on [-2**15, 2**15)."""
+    threshold = min(round(p * _WORDS), _WORDS - 1)
+    # torch compares int16 in SIMD, and writes floats in the same pass.
+    torch.ge(words, threshold - _WORDS // 2, out=out)
+    return out.mul_(_WORDS / (_WORDS - threshold))
+
+
+def _mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): each bit of a result depends on each bit of the key."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = keys ^ (keys >> np.uint64(31))
+    return mixed
+
+
+def _words(keys: NDArray[np.uint64], width: int) -> NDArray[np.int16]:
+    """Uniform words [rows, width, rounded up to even]: two of each 32-bit hash of (key, place in the row).
+
+    The two rounds are those of `lowbias32` (Wellons 2018, "Prospecting for hash functions"). The key's upper half goes
+    in before the first and its lower half between them, so that two rows can't be shifted copies of one another.
+    """
+    columns = np.arange((width + 1) // 2, dtype=np.uint32) * np.uint32(_GOLDEN >> np.uint64(32))
+    upper, lower = (keys >> np.uint64(32)).astype(np.uint32)[:, None], keys.astype(np.uint32)[:, None]
+    hashes = np.empty((len(keys), len(columns)), np.uint32)
+    step = max(1, _CACHED // max(1, len(columns)))
+    shifted = np.empty((step, len(columns)), np.uint32)
+    for start in range(0, len(keys), step):
+        x = hashes[start : start + step]
+        y = shifted[: len(x)]
+        np.add(upper[start : start + step], columns, out=x)
+        np.bitwise_xor(x, np.right_shift(x, 16, out=y), out=x)
+        np.multiply(x, np.uint32(0x7FEB352D), out=x)
+        np.bitwise_xor(x, lower[start : start + step], out=x)
+        np.bitwise_xor(x, np.right_shift(x, 15, out=y), out=x)
+        np.multiply(x, np.uint32(0x846CA68B), out=x)
+        np.bitwise_xor(x, np.right_shift(x, 16, out=y), out=x)
+    words: NDArray[np.int16] = hashes.view("<i2")
+    return words
 
 
 class SeededDropout(nn.Module):

@@ -6,6 +6,7 @@
     ├── ModelError              an encoder or a tokenizer can't be loaded or doesn't fit the data
     ├── StorageError            a path or URI can't be read or written
     ├── CheckpointError         a checkpoint is damaged or incomplete
+    ├── MissingExtraError       a part of emoray needs a library that isn't installed
     ├── ClusterError            Ray can't be reached or can't give what the config asks for
     └── RunError                a run can't start or go on
         ├── RunExistsError      the run's folder holds another recipe, or may not be touched
@@ -59,6 +60,10 @@ class StorageError(EmorayError):
 
 class CheckpointError(EmorayError):
     """A checkpoint is damaged or incomplete."""
+
+
+class MissingExtraError(EmorayError):
+    """A part of emoray needs a library that isn't installed."""
 
 
 class ClusterError(EmorayError):

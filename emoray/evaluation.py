@@ -6,6 +6,7 @@ results.json, `results_table` that of results.md.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from emoray import data, metrics
-from emoray.config import parse
+from emoray import data, metrics, uncertainty
+from emoray.config import DataConfig, parse
 from emoray.data_files import SPLITS
 from emoray.errors import DataError
-from emoray.metrics import Array, LabelScore, Reliability
+from emoray.metrics import NO_CALIBRATION, Array, Calibration, LabelScore, Reliability
+from emoray.tokens import Tokens
 
 if TYPE_CHECKING:
     from emoray.classifier import Classifier
@@ -58,10 +60,11 @@ class Scored:
         labels: label names in the order of their ids, L of them.
         texts: n texts.
         targets: int64 [n], the true ids.
-        logits: float32 [n, L], before temperature.
+        logits: float32 [n, L], before calibration.
         tokens: int32 [n], real tokens of each text as the model saw it, special tokens included.
         truncated: bool [n], whether the text was cut at the model's maximum length.
-        temperature: divides the logits wherever probabilities are shown.
+        calibration: how logits become probabilities, wherever these are shown.
+        languages: of each text, n of them; None where they aren't known.
 
     Raises:
         ValueError: lengths that differ, no rows, or ids outside the labels.
@@ -75,7 +78,24 @@ class Scored:
     logits: Array = field(repr=False)
     tokens: Array = field(repr=False)
     truncated: Array = field(repr=False)
-    temperature: float = 1.0
+    calibration: Calibration = NO_CALIBRATION
+    languages: list[str] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        split: str,
+        labels: tuple[str, ...],
+        texts: list[str],
+        targets: Array,
+        logits: Array,
+        tokens: Tokens,
+        calibration: Calibration,
+        languages: list[str] | None = None,
+    ) -> Scored:
+        """As the class itself, with lengths and cuts taken from the texts' tokens."""
+        lengths, truncated = tokens.lengths.astype(np.int32), np.array(tokens.truncated)
+        return cls(split, labels, texts, targets, logits, lengths, truncated, calibration, languages)
 
     def __post_init__(self) -> None:
         metrics.check(self.logits, self.targets)
@@ -85,14 +105,16 @@ class Scored:
             size = len(getattr(self, name))
             if size != len(self.targets):
                 raise ValueError(f"{self.split}: {size} {name} for {len(self.targets)} targets")
+        if self.languages is not None and len(self.languages) != len(self.targets):
+            raise ValueError(f"{self.split}: {len(self.languages)} languages for {len(self.targets)} targets")
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @cached_property
     def probabilities(self) -> Array:
-        """float64 [n, L], at the temperature."""
-        return metrics.softmax(self.logits, self.temperature)
+        """float64 [n, L], calibrated."""
+        return metrics.softmax(self.logits, *self.calibration)
 
     @cached_property
     def predicted(self) -> Array:
@@ -101,7 +123,7 @@ class Scored:
 
     def metrics(self) -> dict[str, float]:
         """loss, accuracy, f1, macro_f1, ece and brier as in metrics.compute, and the number of rows."""
-        return {**metrics.compute(self.logits, self.targets, self.temperature), "rows": len(self)}
+        return {**metrics.compute(self.logits, self.targets, *self.calibration), "rows": len(self)}
 
     def per_label(self) -> list[LabelScore]:
         """Precision, recall, F1 and support of each label."""
@@ -112,22 +134,26 @@ class Scored:
         return metrics.confusion(self.logits, self.targets)
 
     def intervals(self, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """95% bootstrap intervals of accuracy, f1, macro_f1 and loss."""
-        return metrics.bootstrap_intervals(self.logits, self.targets, resamples, seed=seed)
+        """95% bootstrap intervals of accuracy, f1, macro_f1, loss and brier."""
+        return uncertainty.bootstrap_intervals(
+            self.logits, self.targets, resamples, seed=seed, calibration=self.calibration
+        )
+
+    def calibrated_ece_range(self) -> tuple[float, float]:
+        """ECEs that a perfectly calibrated model as sure as this one would show on as many rows, 95% of them."""
+        return uncertainty.calibrated_ece_range(self.probabilities)
 
     def reliability(self, calibrated: bool = True) -> Reliability:
-        """Confidence against accuracy, at the temperature or at 1."""
-        return metrics.reliability(metrics.softmax(self.logits, self._temperature(calibrated)), self.targets)
+        """Confidence against accuracy, after calibration or before."""
+        return metrics.reliability(self._probabilities(calibrated), self.targets)
 
     def ece(self, calibrated: bool = True) -> float:
-        """Expected calibration error, at the temperature or at 1."""
-        probabilities = metrics.softmax(self.logits, self._temperature(calibrated))
-        return metrics.expected_calibration_error(probabilities, self.targets)
+        """Expected calibration error, after calibration or before."""
+        return metrics.expected_calibration_error(self._probabilities(calibrated), self.targets)
 
     def brier(self, calibrated: bool = True) -> float:
-        """Brier score, at the temperature or at 1."""
-        probabilities = metrics.softmax(self.logits, self._temperature(calibrated))
-        return float(metrics.row_briers(probabilities, self.targets).mean())
+        """Brier score, after calibration or before."""
+        return float(metrics.row_briers(self._probabilities(calibrated), self.targets).mean())
 
     def by_label(self) -> list[SliceScore]:
         """Slices by true label; a label without rows has no line."""
@@ -142,6 +168,12 @@ class Scored:
             groups.append((name, (self.tokens >= low) & (self.tokens <= high)))
             low = high + 1
         return self.slices(groups)
+
+    def by_language(self) -> list[SliceScore]:
+        """Slices by language, the largest first; empty where languages aren't known."""
+        held = np.array(self.languages or [])
+        counts = Counter(self.languages or [])
+        return self.slices([(name, held == name) for name in sorted(counts, key=lambda name: (-counts[name], name))])
 
     def by_confidence(self, thresholds: Sequence[float] = (0.0, 0.5, 0.7, 0.9, 0.95, 0.99)) -> list[SliceScore]:
         """What is left, and how right, if only answers at least so sure are taken; the slices overlap."""
@@ -159,7 +191,7 @@ class Scored:
                         name=name,
                         rows=int(rows.sum()),
                         accuracy=figures["accuracy"],
-                        interval=metrics.wilson_interval(figures["accuracy"], int(rows.sum())),
+                        interval=uncertainty.wilson_interval(figures["accuracy"], int(rows.sum())),
                         f1=figures["f1"],
                         confidence=float(self.probabilities[rows].max(1).mean()),
                     )
@@ -183,8 +215,8 @@ class Scored:
             for i in order
         ]
 
-    def _temperature(self, calibrated: bool) -> float:
-        return self.temperature if calibrated else 1.0
+    def _probabilities(self, calibrated: bool) -> Array:
+        return self.probabilities if calibrated else metrics.softmax(self.logits)
 
 
 def results(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], test: Scored | None) -> dict[str, Any]:
@@ -202,7 +234,7 @@ def results(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], test: 
     return {
         "epochs": [_entry(epoch) for epoch in epochs],
         "best": _entry(best),
-        "test": None if test is None else {**test.metrics(), "temperature": float(test.temperature)},
+        "test": None if test is None else {**test.metrics(), **test.calibration._asdict()},
     }
 
 
@@ -228,27 +260,48 @@ def _entry(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: given[key] for key in (*_EPOCH_KEYS, *(key for key in given if key not in _EPOCH_KEYS))}
 
 
-def evaluate(classifier: Classifier, dataset: str | None, split: str) -> Scored:
+def evaluate(classifier: Classifier, dataset: str | None, split: str, language_column: str | None = None) -> Scored:
     """Score a model on a labelled split.
 
     Args:
         dataset: as `data.dataset`; None takes what the model was trained on.
         split: "train", "validation" or "test"; data without named splits counts as any of them.
+        language_column: as `data.language_column`; None takes what the model was trained with.
 
     Raises:
         DataError: with every problem of the data, labels that the model doesn't have among them.
     """
-    config = parse(classifier.facts["config"]).data.model_copy(update={"labels": classifier.labels})
+    return score_on(classifier, rows_for(classifier, dataset, split, language_column))
+
+
+def rows_for(classifier: Classifier, dataset: str | None, split: str, language_column: str | None = None) -> data.Split:
+    """The rows that `evaluate` scores, labelled with the ids of this model; arguments and errors as there."""
+    config = parse(classifier.facts["config"]).data
     if split not in SPLITS:
         raise DataError("--split", [f"is '{split}', but must be one of {', '.join(SPLITS)}"])
-    if dataset is None:
-        rows = data.load(config).splits[split]
-    else:
-        rows = data.load_split(config.model_copy(update={"dataset": dataset}), split)
+    changes = {"labels": classifier.labels, "dataset": dataset, "language_column": language_column}
+    given = {key: value for key, value in changes.items() if value is not None}
+    config = DataConfig(**{**config.model_dump(), **given})
+    return data.load(config).splits[split] if dataset is None else data.load_split(config, split)
+
+
+def score_on(classifier: Classifier, rows: data.Split) -> Scored:
+    """What a model says of rows that are labelled with its ids."""
     logits, tokens = classifier.logits(rows.texts)
-    lengths = tokens.lengths.astype(np.int32)
-    truncated = np.array(tokens.truncated)
-    return Scored(split, classifier.labels, rows.texts, rows.labels, logits, lengths, truncated, classifier.temperature)
+    labels, calibration = classifier.labels, classifier.calibration
+    return Scored.of(rows.name, labels, rows.texts, rows.labels, logits, tokens, calibration, rows.languages)
+
+
+def as_dict(scored: Scored) -> dict[str, Any]:
+    """Figures, their intervals, a line a label and a line a language, for `--json`."""
+    languages = {} if scored.languages is None else {"languages": scored.by_language()}
+    return {
+        **scored.metrics(),
+        "split": scored.split,
+        "intervals": scored.intervals(),
+        "labels": scored.per_label(),
+        **languages,
+    }
 
 
 def evaluation_text(scored: Scored) -> str:
@@ -262,4 +315,10 @@ def evaluation_text(scored: Scored) -> str:
     for row in scored.per_label():
         figures_of_label = f"{row['precision']:>10.4f}{row['recall']:>10.4f}{row['f1']:>10.4f}{row['support']:>10,}"
         lines.append(f"  {row['label']:<14}{figures_of_label}")
+    if scored.languages is not None:
+        lines.append(f"  {'language':<14}{'accuracy':>10}{'F1':>10}{'confidence':>12}{'rows':>8}   accuracy, 95%")
+    for part in scored.by_language():
+        span = f"{part['interval'][0]:.4f} to {part['interval'][1]:.4f}"
+        figures_of_part = f"{part['accuracy']:>10.4f}{part['f1']:>10.4f}{part['confidence']:>12.4f}{part['rows']:>8,}"
+        lines.append(f"  {part['name']:<14}{figures_of_part}   {span}")
     return "\n".join(lines)

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from emoray import checkpoint, evaluation, metrics, model_card, report
+from emoray.classifier import Classifier
 from emoray.evaluation import Scored
 from emoray.learner import Learner
+from emoray.progress import Progress, fill_model_folder
 from emoray.run import RESULTS, Attempt, read_history
 from emoray.storage import is_uri
 from emoray.task import Task
-from emoray.training import Progress, fill_model_folder
 
 BEST = "best"
 
@@ -40,35 +41,35 @@ def finish(learner: Learner, progress: Progress, attempt: Attempt) -> dict[str, 
         return None
     task = learner.task
     targets = task.parts["validation"].targets
-    temperature = metrics.fit_temperature(validation, targets)
+    calibration = metrics.fit_calibration(validation, targets)
     scored = {
-        "validation": scored_part(task, "validation", validation, temperature),
-        "test": scored_part(task, "test", test, temperature),
+        "validation": scored_part(task, "validation", validation, calibration),
+        "test": scored_part(task, "test", test, calibration),
     }
     best = progress.best(task.config.training.metric_for_best_model)
     assert best is not None
     results = evaluation.results(progress.evaluations, best, scored["test"])
     history = read_history(attempt.run)
     facts = run_facts(task, progress, history)
+    asked: list[report.Insight] = []
 
     def fill(folder: Path) -> None:
         weights, _ = learner.split({f"weights/{k}": v.cpu() for k, v in learner.model.state_dict().items()})
-        fill_model_folder(folder, task, weights, {"validation": best, "test": results["test"]}, temperature)
+        fill_model_folder(folder, task, weights, {"validation": best, "test": results["test"]}, calibration)
+        asked.append(report.insight(Classifier.from_folder(folder), scored["test"]))
         (folder / "README.md").write_text(model_card.render(_card(task, results, scored, facts)), encoding="utf-8")
 
     checkpoint.write(attempt.run, BEST, fill, attempt.check)
-    attempt.write("report.html", report.render(_report(task, history, results, scored, facts)))
+    attempt.write("report.html", report.render(_report(task, history, results, scored, facts, asked[-1])))
     attempt.write("results.md", evaluation.results_table(results))
     attempt.write(RESULTS, json.dumps(results, indent=1))
     return results
 
 
-def scored_part(task: Task, split: str, logits: NDArray[np.float32], temperature: float) -> Scored:
+def scored_part(task: Task, split: str, logits: NDArray[np.float32], calibration: metrics.Calibration) -> Scored:
     """A split's logits beside its texts and targets."""
     part = task.parts[split]
-    tokens = part.tokens.lengths.astype(np.int32)
-    truncated = np.array(part.tokens.truncated)
-    return Scored(split, task.labels, part.texts, part.targets, logits, tokens, truncated, temperature)
+    return Scored.of(split, task.labels, part.texts, part.targets, logits, part.tokens, calibration, part.languages)
 
 
 def run_facts(task: Task, progress: Progress, history: list[dict[str, Any]]) -> dict[str, str]:
@@ -85,7 +86,12 @@ def run_facts(task: Task, progress: Progress, history: list[dict[str, Any]]) -> 
 
 
 def _report(
-    task: Task, history: list[dict[str, Any]], results: dict[str, Any], scored: dict[str, Scored], facts: dict[str, str]
+    task: Task,
+    history: list[dict[str, Any]],
+    results: dict[str, Any],
+    scored: dict[str, Scored],
+    facts: dict[str, str],
+    asked: report.Insight,
 ) -> report.ReportInput:
     return report.ReportInput(
         name=task.config.run.name,
@@ -96,6 +102,7 @@ def _report(
         test=scored["test"],
         warnings=task.facts["data"]["warnings"],
         facts=facts,
+        insight=asked,
     )
 
 
@@ -113,7 +120,7 @@ def _card(
         results=results,
         validation=scored["validation"],
         test=scored["test"],
-        temperature=scored["test"].temperature,
+        calibration=scored["test"].calibration,
         base_model=_hub_id(config.model.pretrained) if not config.model.from_scratch else None,
         dataset_id=_hub_id(config.data.dataset) if config.data.dataset != "quickstart" else None,
         max_length=config.model.max_length,

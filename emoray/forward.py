@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emoray.packing import PackedBatch, enable_packing, is_packable, pack, packed_logits
+from emoray.packing import PackedBatch, enable_packing, is_packable, pack, packed_logits, send
 from emoray.tokens import Tokens, split_packed, split_padded
 
 EVALUATION_TOKENS = 4096
@@ -32,9 +32,13 @@ class PaddedBatch:
     attention_mask: Tensor
 
     def to(self, device: torch.device | str) -> PaddedBatch:
-        return PaddedBatch(
-            self.input_ids.to(device, non_blocking=True), self.attention_mask.to(device, non_blocking=True)
-        )
+        return PaddedBatch(send(self.input_ids, device), send(self.attention_mask, device))
+
+    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of each token its text's index and its place in it, padding included; of each text its first token."""
+        texts, longest = self.input_ids.shape
+        text, place = np.divmod(np.arange(texts * longest), longest)
+        return text, place, np.arange(texts) * longest
 
 
 class Forward(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from emoray.evaluation import Scored, results_table
+from emoray.metrics import Calibration
 
 _METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
@@ -36,7 +37,7 @@ class CardInput:
         results: the content of results.json.
         validation: the model's outputs on validation.
         test: the same on test; None where the data has none.
-        temperature: fitted on validation; 1.0 where none was.
+        calibration: fitted on validation, or none.
         base_model: Hub id of the encoder; None for a local folder or random weights.
         dataset_id: Hub id of the data set; None for files.
         max_length: tokens at which texts were cut.
@@ -53,7 +54,7 @@ class CardInput:
     results: Mapping[str, Any]
     validation: Scored | None
     test: Scored | None
-    temperature: float
+    calibration: Calibration
     base_model: str | None = None
     dataset_id: str | None = None
     max_length: int | None = None
@@ -147,7 +148,7 @@ classify = pipeline("text-classification", model="path/to/this/folder")
 classify("a text to classify")  # [{{"label": ..., "score": ...}}]
 ```
 
-With emoray, which also applies the calibration temperature ({card.temperature:.3f}) to the scores:
+With emoray, which also calibrates the scores ({card.calibration}):
 
 ```python
 import emoray
@@ -186,14 +187,15 @@ def _labels(shown: Scored) -> str:
 
 
 def _calibration(card: CardInput, shown: Scored) -> str:
-    if card.temperature == 1.0:
+    if card.calibration.is_none:
         return (
-            f"The probabilities are softmax(logits), without a temperature. On {shown.split}, the expected "
+            f"The probabilities are softmax(logits), without calibration. On {shown.split}, the expected "
             f"calibration error (15 bins) is {shown.ece():.4f} and the Brier score {shown.brier():.4f}."
         )
     return (
-        f"Temperature {card.temperature:.4f}, fitted on validation: probabilities are "
-        f"softmax(logits / temperature). On {shown.split}, the expected calibration error (15 bins) is "
+        f"Calibrated on validation with {card.calibration}: probabilities are softmax(-(distance to the highest logit "
+        f"/ temperature) ** power), power 1 where none is named. On {shown.split}, the expected calibration error "
+        f"(15 bins) is "
         f"{shown.ece(calibrated=False):.4f} before and {shown.ece():.4f} after; the Brier score "
         f"{shown.brier(calibrated=False):.4f} and {shown.brier():.4f}."
     )

@@ -7,7 +7,8 @@ norms then compute nothing that is thrown away. Only attention has to know where
 - on GPU, a variable-length kernel runs on the row (half precision, no dropout), else one masked padded block.
 
 In the last layer only the first token of each text matters to a classifier, so only first tokens attend there and
-all other rows are dropped before the feed-forward part: exact, and of a six-layer encoder's products it spares 14%.
+all other rows are dropped before the feed-forward part: exact, and it spares an eighth of a six-layer encoder's
+products.
 
 Nothing of a model's code is copied: an attention and a mask function are registered with transformers, and hooks
 pick the first tokens. Outside :func:`packed_logits` an enabled model takes padded input as it always did.
@@ -32,6 +33,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from emoray.dropout import SeededDropout
 
 try:
     from torch.nn.attention import varlen
@@ -105,22 +108,32 @@ class PackedBatch:
         """The same batch on ``device`` (itself if it is there already)."""
         if self.input_ids.device == torch.device(device):
             return self
-        ids, positions, first = (
-            states.to(device, non_blocking=True) for states in (self.input_ids, self.position_ids, self.first)
-        )
+        ids, positions, first = (send(states, device) for states in (self.input_ids, self.position_ids, self.first))
         return replace(self, input_ids=ids, position_ids=positions, first=first, _layouts={})
+
+    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of each token its text's index (the caller's order) and its place in it; of each text its first token."""
+        first = self.first.numpy()
+        return np.repeat(np.argsort(first), self.lengths), self.position_ids[0].numpy(), first
 
     @cached_property
     def offsets(self) -> Tensor:
         """int32 [n_texts + 1]: where texts begin in the row's order, then ``T`` (the varlen kernel's form)."""
         sums = np.concatenate([[0], np.cumsum(self.lengths)])
-        return torch.from_numpy(sums.astype(np.int32)).to(self.input_ids.device)
+        return send(torch.from_numpy(sums.astype(np.int32)), self.input_ids.device)
 
     def layout(self, heads: int) -> _Layout:
         """How attention on CPU groups the texts; one for all layers."""
         if heads not in self._layouts:
             self._layouts[heads] = _lay_out(self.lengths, heads)
         return self._layouts[heads]
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on `device`, without waiting: while a GPU computes one batch, the next is laid out and sent."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # from memory that may be swapped out, a copy can't run beside the kernels
+    return tensor.to(device, non_blocking=True)
 
 
 def pack(texts: Sequence[NDArray[np.integer[Any]]]) -> PackedBatch:
@@ -183,9 +196,9 @@ def _similar(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
     return runs[::-1]
 
 
-# The batch that the enabled models' hooks and attention act on: set for the duration of packed_logits only, and per
-# thread, so that one thread's packed forward never reaches into another's padded one.
-_running: ContextVar[PackedBatch | None] = ContextVar("emoray_packed_batch", default=None)
+# The batch that the enabled models' hooks and attention act on, None outside: set for the duration of packed_logits
+# only, and per thread, so that one thread's packed forward never reaches into another's padded one.
+running: ContextVar[Any] = ContextVar("emoray_packed_batch", default=None)
 
 
 def is_packable(model: nn.Module) -> bool:
@@ -207,14 +220,11 @@ def enable_packing(model: PreTrainedModel) -> None:
     if not is_packable(model):
         raise ValueError(f"{type(model).__name__} can't take packed batches: not an encoder of the BERT family")
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionMaskInterface.register(NAME, no_mask)
     model.set_attn_implementation(NAME)
     last = _layers(model)[-1].attention
     last.self.only_first_tokens_attend = True
-    if _spread_queries not in last.self.query._forward_hooks.values():
-        last.self.query.register_forward_hook(_spread_queries)
     for module, hook in (
-        (last.self.query, _keep_first_tokens),
         (last.output, _keep_first_tokens),
         (model.get_submodule(_READERS[model.config.model_type]), _one_text_per_row),
     ):
@@ -222,12 +232,12 @@ def enable_packing(model: PreTrainedModel) -> None:
             module.register_forward_pre_hook(hook)
 
 
-def packed_logits(model: nn.Module, batch: PackedBatch) -> Tensor:
+def packed_logits(model: nn.Module, batch: Any) -> Tensor:
     """Logits [n_texts, n_labels] of a packed batch, in the order in which the texts were given to :func:`pack`.
 
     Args:
         model: a model after :func:`enable_packing`, or a wrapper (DistributedDataParallel) around one.
-        batch: on the model's device.
+        batch: a PackedBatch on the model's device (engines/graph.py has one of its own, with an attention for it).
 
     Raises:
         RuntimeError: gradient checkpointing is on (its second forward would not see the batch).
@@ -235,11 +245,11 @@ def packed_logits(model: nn.Module, batch: PackedBatch) -> Tensor:
     inner = cast(PreTrainedModel, getattr(model, "module", model))
     if inner.training and _layers(inner)[0].gradient_checkpointing:
         raise RuntimeError("packed batches and gradient checkpointing do not go together")
-    token = _running.set(batch)
+    token = running.set(batch)
     try:
         output = model(input_ids=batch.input_ids, position_ids=batch.position_ids + _first_position(inner))
     finally:
-        _running.reset(token)
+        running.reset(token)
     return cast(Tensor, output.logits)
 
 
@@ -253,27 +263,18 @@ def _first_position(model: PreTrainedModel) -> int:
 
 def _keep_first_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Pre-hook in the last layer: of each argument [1, T, hidden] keep the first tokens, in the caller's order."""
-    batch = _running.get()
+    batch = running.get()
     return None if batch is None else tuple(states.index_select(1, batch.first) for states in args)
-
-
-def _spread_queries(module: nn.Module, args: tuple[Tensor, ...], queries: Tensor) -> Tensor | None:
-    """Hook after the last layer's query projection of first tokens: back to [1, T, hidden], as the model expects."""
-    batch = _running.get()
-    if batch is None:
-        return None
-    row = queries.new_zeros(1, batch.n_tokens, queries.shape[2])
-    return row.index_copy(1, batch.first, queries)
 
 
 def _one_text_per_row(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
     """Pre-hook of the head, which takes ``[:, 0]``: show it [n_texts, 1, hidden]."""
-    return None if _running.get() is None else (args[0].transpose(0, 1),)
+    return None if running.get() is None else (args[0].transpose(0, 1),)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def no_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """No mask for a packed row: a T x T one would be mostly emptiness. Padded input gets sdpa's."""
-    return None if _running.get() is not None else sdpa_mask(*args, **kwargs)
+    return None if running.get() is not None else sdpa_mask(*args, **kwargs)
 
 
 def _attention(
@@ -287,7 +288,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, T, size] each in, [1, T, heads, size] out."""
-    batch = _running.get()
+    batch = running.get()
     if batch is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -309,9 +310,12 @@ def _in_blocks(
     heads, keep = q.shape[1], None
     layout = batch.layout(heads)
     if drop is not None:
-        # Dropout of ones is the scaled mask, whichever dropout module the model has; one draw for all blocks.
-        scores = sum(count * size * (1 if first else size) for count, size in layout.shapes)
-        keep = drop(torch.ones(heads * scores, dtype=q.dtype))
+        shapes = [(count * heads * (1 if first else size), size) for count, size in layout.shapes]
+        if isinstance(drop, SeededDropout):
+            rows = layout.first if first else layout.forth
+            keep = drop.source.scaled_scores(rows.numpy(), heads, shapes, drop.p, q.dtype)
+        else:
+            keep = drop(torch.ones(sum(n * size for n, size in shapes), dtype=q.dtype))  # of ones it is the mask
     attend = cast(Any, _BlockAttention.apply)
     with torch.autocast("cpu", enabled=False):  # it would turn some products to another type than their operands'
         return cast(Tensor, attend(q, k, v, keep, layout, scale, first))

@@ -29,15 +29,15 @@ _COLOURS = {
     "#000004": "--accent",
     "#000005": "--second",
 }
-_INK, _MUTED, _LINE, _ACCENT, _SECOND = _COLOURS
+INK, MUTED, LINE, ACCENT, SECOND = _COLOURS
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same metrics on every machine
     "font.size": 9.5,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _LINE,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -45,17 +45,18 @@ _STYLE: dict[str, Any] = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": _LINE,
+    "grid.color": LINE,
     "grid.linewidth": 0.8,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "ytick.major.size": 0,
     "legend.frameon": False,
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
+_FEW = 10  # rows of a bin below which its accuracy is drawn pale
 _POINTS = 400  # a curve of more steps is averaged: a picture of 360 pixels shows no more
 
 
@@ -70,17 +71,17 @@ def loss(history: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, Any
     def draw(axes: Axes) -> None:
         if history:
             steps, values = _thin(history, "loss")
-            axes.plot(steps, values, color=_ACCENT, alpha=0.25, linewidth=0.9)
-            axes.plot(steps, _smooth(values), color=_ACCENT, linewidth=1.8, label="training")
+            axes.plot(steps, values, color=ACCENT, alpha=0.25, linewidth=0.9)
+            axes.plot(steps, _smooth(values), color=ACCENT, linewidth=1.8, label="training")
         if epochs:
             x, y = [row["step"] for row in epochs], [row["validation_loss"] for row in epochs]
-            axes.plot(x, y, color=_SECOND, marker="o", markersize=5, linewidth=1.2, label="validation")
+            axes.plot(x, y, color=SECOND, marker="o", markersize=5, linewidth=1.2, label="validation")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
-        _legend(axes)
+        legend(axes)
 
     ends = f"; validation ends at {epochs[-1]['validation_loss']:.4f}" if epochs else ""
-    return _svg("loss", f"Loss over steps{ends}", draw)
+    return svg("loss", f"Loss over steps{ends}", draw)
 
 
 def learning_rate(history: Sequence[Mapping[str, Any]]) -> str:
@@ -88,13 +89,13 @@ def learning_rate(history: Sequence[Mapping[str, Any]]) -> str:
     steps, values = _thin(history, "learning_rate")
 
     def draw(axes: Axes) -> None:
-        axes.plot(steps, values, color=_ACCENT, linewidth=1.8)
+        axes.plot(steps, values, color=ACCENT, linewidth=1.8)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=False)
-        axes.yaxis.get_offset_text().set_color(_MUTED)
+        axes.yaxis.get_offset_text().set_color(MUTED)
 
-    return _svg("rate", f"Learning rate over steps, at most {values.max():.3g}", draw)
+    return svg("rate", f"Learning rate over steps, at most {values.max():.3g}", draw)
 
 
 def reliability(bins: Reliability, ece: float, name: str) -> str:
@@ -104,13 +105,19 @@ def reliability(bins: Reliability, ece: float, name: str) -> str:
     confidence, accuracy = bins["confidence"][filled], bins["accuracy"][filled]
 
     def draw(axes: Axes) -> None:
-        axes.bar(low, accuracy, width * 0.9, align="edge", color=_ACCENT, alpha=0.85, label="accuracy")
-        axes.hlines(confidence, low, low + width * 0.9, color=_SECOND, linewidth=2, label="confidence")
-        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=0.8, dashes=(3, 3))
+        for many, alpha in ((True, 0.85), (False, 0.25)):  # pale: a handful of rows says little
+            some = (bins["count"][filled] >= _FEW) == many
+            name = "accuracy" if many else f"of under {_FEW} rows"
+            if some.any():
+                axes.bar(
+                    low[some], accuracy[some], width[some] * 0.9, align="edge", color=ACCENT, alpha=alpha, label=name
+                )
+        axes.hlines(confidence, low, low + width * 0.9, color=SECOND, linewidth=2, label="confidence")
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, dashes=(3, 3))
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence")
-        _legend(axes)
+        legend(axes)
 
-    return _svg(name, f"Reliability diagram {name}: expected calibration error {ece:.4f}", draw)
+    return svg(name, f"Reliability diagram {name}: expected calibration error {ece:.4f}", draw)
 
 
 def confidence(top: Array, right: Array) -> str:
@@ -120,11 +127,11 @@ def confidence(top: Array, right: Array) -> str:
         edges = np.linspace(0, 1, 21)
         _stack(axes, top[right], top[~right], edges, ("right", "wrong"))
         axes.set(xlim=(0, 1), xlabel="confidence")
-        _legend(axes)
+        legend(axes)
 
     mean = f"{top[right].mean():.2f}" if right.any() else "none"
     wrong = f"{top[~right].mean():.2f}" if (~right).any() else "none"
-    return _svg("confidence", f"Histogram of confidence: mean {mean} where right, {wrong} where wrong", draw)
+    return svg("confidence", f"Histogram of confidence: mean {mean} where right, {wrong} where wrong", draw)
 
 
 def lengths(tokens: Array, truncated: Array) -> str:
@@ -137,22 +144,22 @@ def lengths(tokens: Array, truncated: Array) -> str:
         _stack(axes, tokens[~truncated], tokens[truncated], edges, ("whole", "truncated"))
         axes.set(xlabel="tokens", xlim=(0, edges[-1]))
         if truncated.any():
-            _legend(axes)
+            legend(axes)
 
-    return _svg("lengths", f"Histogram of text lengths: {tokens.mean():.1f} tokens on average", draw)
+    return svg("lengths", f"Histogram of text lengths: {tokens.mean():.1f} tokens on average", draw)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Above the axes, where it covers nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.2, handlelength=1.4)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2, handlelength=1.4)
 
 
 def _stack(axes: Axes, first: Array, second: Array, edges: Array, names: tuple[str, str]) -> None:
     """Two histograms on one another; bars, since matplotlib's hist draws a stack of outlines."""
     below, above = np.histogram(first, edges)[0], np.histogram(second, edges)[0]
     width = np.diff(edges) * 0.9
-    axes.bar(edges[:-1], below, width, align="edge", color=_ACCENT, alpha=0.85, label=names[0])
-    axes.bar(edges[:-1], above, width, below, align="edge", color=_SECOND, alpha=0.85, label=names[1])
+    axes.bar(edges[:-1], below, width, align="edge", color=ACCENT, alpha=0.85, label=names[0])
+    axes.bar(edges[:-1], above, width, below, align="edge", color=SECOND, alpha=0.85, label=names[1])
     axes.yaxis.set_major_locator(_whole_numbers())
 
 
@@ -178,7 +185,7 @@ def _smooth(values: Array) -> Array:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def _svg(name: str, alternative: str, draw: Any) -> str:
+def svg(name: str, alternative: str, draw: Any) -> str:
     """Draw one picture of 360 x 210 units.
 
     Args:

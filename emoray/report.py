@@ -9,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emoray import plots
+from emoray import label_errors, plots
+from emoray.attribution import Explanation
 from emoray.config import flatten
-from emoray.evaluation import Scored
+from emoray.errors import MissingExtraError
+from emoray.evaluation import Scored, WrongRow
+from emoray.label_errors import LabelError
+
+if TYPE_CHECKING:
+    from emoray.classifier import Classifier
+
+WORST = 20
+"""Rows shown of the worst errors, and of the likeliest label errors."""
+WORDS = 5
+"""Words of a text that are marked."""
 
 HEADLINE = {
     "accuracy": "Accuracy",
@@ -40,6 +51,7 @@ class ReportInput:
         test: the same on test. The details are of test, or of validation where there is no test split.
         warnings: what the data check found, one sentence each; None where the data was not checked.
         facts: name -> value, shown as given: versions, hardware, duration, tokens/s, data fingerprint.
+        insight: what the model itself was asked about the split of the details; None where it wasn't.
     """
 
     name: str
@@ -50,28 +62,85 @@ class ReportInput:
     test: Scored | None = None
     warnings: Sequence[str] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    insight: Insight | None = None
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What takes more than a model's outputs on a split.
+
+    Args:
+        explanations: of each of the worst rows, by its place in the split, the words that pulled the wrong answer.
+        label_errors: rows of the split that are likely mislabelled; or why they aren't known, as a sentence.
+    """
+
+    explanations: Mapping[int, Explanation]
+    label_errors: Sequence[LabelError] | str
+
+
+def insight(classifier: Classifier, scored: Scored) -> Insight:
+    """Ask a model for the words behind its worst errors, and which labels of the split it doubts."""
+    worst = scored.worst(WORST)
+    rows = [line["row"] for line in worst]
+    explanations = classifier.explain([line["text"] for line in worst], [line["predicted"] for line in worst])
+    doubts: Sequence[LabelError] | str
+    if scored.split == "train":
+        doubts = "Not asked of the training split, whose labels the model has learnt: emoray check-data does that."
+    else:
+        try:
+            doubts = label_errors.find(scored.labels, scored.targets, scored.probabilities)
+        except MissingExtraError as error:
+            doubts = str(error)
+    return Insight(dict(zip(rows, explanations, strict=True)), doubts)
+
+
+def of_evaluation(classifier: Classifier, scored: Scored) -> ReportInput:
+    """The report of a model on one split, with what its folder says of how it was made."""
+    facts = classifier.facts
+    return ReportInput(
+        name=facts["config"]["run"]["name"],
+        config=facts["config"],
+        test=scored,
+        warnings=facts["data"]["warnings"],
+        facts={
+            "trained on": facts["platform"],
+            "data fingerprint": facts["data"]["fingerprint"],
+            **{name: str(value) for name, value in facts["versions"].items()},
+        },
+        insight=insight(classifier, scored),
+    )
 
 
 def render(run: ReportInput) -> str:
     """The report as HTML text, encoded in UTF-8 when written."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(fixed=_fixed, percent=_percent, count=_count)
-    template = resources.files("emoray").joinpath("report.html.j2").read_text(encoding="utf-8")
     shown = run.test or run.validation
-    return environment.from_string(template).render(
+    return page(
+        "report.html.j2",
         run=run,
         headline=HEADLINE,
         splits=[_headline(split) for split in (run.validation, run.test) if split is not None],
         epochs=run.results.get("epochs", []),
         best_step=(run.results.get("best") or {}).get("step"),
-        detail=None if shown is None else _detail(shown),
+        detail=None if shown is None else _detail(shown, run.insight),
         curves=_curves(run),
-        recipe=_sections(run.config),
+        recipe=sections(run.config),
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A template of this package, filled in."""
+    import jinja2
+
+    folder = resources.files("emoray")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(fixed=_fixed, percent=_percent, count=_count)
+    return environment.get_template(template).render(**values)
 
 
 def _headline(split: Scored) -> dict[str, Any]:
@@ -84,8 +153,9 @@ def _headline(split: Scored) -> dict[str, Any]:
     }
 
 
-def _detail(split: Scored) -> dict[str, Any]:
+def _detail(split: Scored, asked: Insight | None) -> dict[str, Any]:
     """Everything below the headline, of one split."""
+    explanations = asked.explanations if asked else {}
     top, right = split.probabilities.max(1), split.predicted == split.targets
     slices = {row["name"]: row for row in split.by_label()}
     return {
@@ -95,7 +165,7 @@ def _detail(split: Scored) -> dict[str, Any]:
         "headline": _headline(split),
         "per_label": [(row, slices.get(row["label"])) for row in split.per_label()],
         "confusion": _confusion(split),
-        "temperature": split.temperature,
+        "calibrated": not split.calibration.is_none,
         "calibration": _calibration(split),
         "confidence": plots.confidence(top, right),
         "lengths": plots.lengths(split.tokens, split.truncated),
@@ -106,28 +176,57 @@ def _detail(split: Scored) -> dict[str, Any]:
             "truncated": int(split.truncated.sum()),
         },
         "by_length": split.by_length(),
+        "by_language": split.by_language(),
         "by_confidence": split.by_confidence(),
-        "worst": split.worst(20),
+        "ece_range": split.calibrated_ece_range(),
+        "worst": [_with_words(row, explanations.get(row["row"])) for row in split.worst(WORST)],
+        "explained": bool(explanations),
+        "label_errors": _label_errors(split, asked),
     }
 
 
+def _with_words(row: WrongRow, explanation: Explanation | None) -> dict[str, Any]:
+    """A wrong row, its text in pieces: those that pulled most carry their effect and its share of the strongest."""
+    words = [] if explanation is None else sorted(explanation.strongest(WORDS), key=lambda word: word.start)
+    most = max((abs(word.effect) for word in words), default=0.0) or 1.0
+    pieces: list[dict[str, Any]] = []
+    done = 0
+    for word in words:
+        pieces += [
+            {"text": row["text"][done : word.start], "effect": None},
+            {"text": word.word, "effect": word.effect, "share": abs(word.effect) / most},
+        ]
+        done = word.end
+    pieces.append({"text": row["text"][done:], "effect": None})
+    strongest = [] if explanation is None else explanation.strongest(3)
+    return {**row, "pieces": [piece for piece in pieces if piece["text"]], "words": strongest}
+
+
+def _label_errors(split: Scored, asked: Insight | None) -> dict[str, Any] | None:
+    """How many rows are doubted, the likeliest of them with their texts, or why that isn't known."""
+    if asked is None or isinstance(asked.label_errors, str):
+        return None if asked is None else {"reason": asked.label_errors}
+    found = asked.label_errors
+    return {"reason": None, "count": len(found), "rows": [(row, split.texts[row.row]) for row in found[:WORST]]}
+
+
 def _calibration(split: Scored) -> list[dict[str, Any]]:
-    """Before and after temperature: title, figures and reliability diagram; one entry where it is 1."""
+    """Before and after: title, figures and reliability diagram; one entry where there is no calibration."""
     found = []
     for calibrated in (False, True):
-        if calibrated and split.temperature == 1.0:
+        if calibrated and split.calibration.is_none:
             break
         ece, name = split.ece(calibrated), "after" if calibrated else "before"
         found.append(
             {
-                "title": f"After (temperature {split.temperature:.3f})" if calibrated else "Before (temperature 1)",
+                "title": f"After ({split.calibration})" if calibrated else "Before calibration",
                 "ece": ece,
                 "brier": split.brier(calibrated),
                 "picture": plots.reliability(split.reliability(calibrated), ece, name),
             }
         )
     if len(found) == 1:
-        found[0]["title"] = "Reliability (no temperature)"
+        found[0]["title"] = "Reliability (no calibration)"
     return found
 
 
@@ -151,7 +250,7 @@ def _curves(run: ReportInput) -> list[tuple[str, str]]:
     return pictures
 
 
-def _sections(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+def sections(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """The config's keys by section, values as YAML writes them."""
     sections: dict[str, list[tuple[str, str]]] = {}
     for key, value in flatten(dict(config)).items():

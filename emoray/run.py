@@ -25,6 +25,7 @@ ATTEMPTS = "attempts"
 HISTORY = "history.jsonl"
 RESULTS = "results.json"
 CONFIG = "config.yaml"
+_MOST_CHANGES = 30
 
 
 def open_run(config: TrainConfig) -> Storage:
@@ -34,7 +35,7 @@ def open_run(config: TrainConfig) -> Storage:
 
 def results(run: Storage) -> dict[str, Any] | None:
     """The results of a finished run, else None."""
-    return _read_json(run, RESULTS, "delete it to have it written anew") if run.exists(RESULTS) else None
+    return read_json(run, RESULTS, "delete it to have it written anew") if run.exists(RESULTS) else None
 
 
 def refuse_foreign(run: Storage) -> None:
@@ -54,7 +55,7 @@ def clear(run: Storage) -> None:
             run.delete(name)
 
 
-def _read_json(run: Storage, name: str, remedy: str) -> dict[str, Any]:
+def read_json(run: Storage, name: str, remedy: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(run.read(name))
     except ValueError as error:
@@ -79,7 +80,7 @@ class Attempt:
         """Take the run over: all earlier attempts may write no more.
 
         Args:
-            identity: what decides the weights: `{"recipe": {...}, "data": fingerprint}`.
+            identity: what decides the weights: `{"recipe": {...}, "data": fingerprint, "tokenizer": fingerprint}`.
         """
         return Attempt(run, _claim(run, {"command": uuid.uuid4().hex, **identity}))
 
@@ -140,11 +141,21 @@ def newest_attempt(run: Storage) -> int:
 
 def read_attempt(run: Storage, number: int) -> dict[str, Any]:
     """What an attempt wrote when it began: its host and process, and the run's identity."""
-    return _read_json(run, f"{ATTEMPTS}/{number:06d}.json", "set run.on_existing=replace to begin the run anew")
+    return read_json(run, f"{ATTEMPTS}/{number:06d}.json", "set run.on_existing=replace to begin the run anew")
 
 
-def refuse_changed(run: Storage, identity: Mapping[str, Any]) -> None:
-    """Raises RunExistsError with the differences where the run was begun with another recipe or other data."""
+def refuse_changed(
+    run: Storage,
+    identity: Mapping[str, Any],
+    holds: str = "a run of another recipe",
+    remedy: str = "choose another run.name, or set run.on_existing=replace to delete it",
+) -> None:
+    """Raises RunExistsError with the differences where the run was begun with another recipe or other data.
+
+    Args:
+        holds: what it is then, for the message.
+        remedy: what to do other than to give back the old values.
+    """
     newest = newest_attempt(run)
     if newest == 0:
         return
@@ -159,10 +170,10 @@ def refuse_changed(run: Storage, identity: Mapping[str, Any]) -> None:
         if before.get(name) != identity[name]:
             changes.append(f"the {name} was {str(before.get(name))[:12]}..., is {identity[name][:12]}... (fingerprint)")
     if changes:
-        listed = "\n".join(f"  - {change}" for change in changes)
+        more = [f"... ({len(changes)} differences)"] if len(changes) > _MOST_CHANGES else []
+        listed = "\n".join(f"  - {change}" for change in [*changes[:_MOST_CHANGES], *more])
         raise RunExistsError(
-            f"{run.location}: holds a run of another recipe, so it can't be continued:\n{listed}\n"
-            "Give back the old values, choose another run.name, or set run.on_existing=replace to delete it."
+            f"{run.location}: holds {holds}, so it can't be continued:\n{listed}\nGive back the old values, {remedy}."
         )
 
 

@@ -10,12 +10,29 @@ from pydantic import Field, model_validator
 
 from emoray.config import Number, PositiveInt, Section, load_as
 
+Port = Annotated[int, Number, Field(ge=1, le=65535)]
+
 
 class HttpConfig(Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on; 127.0.0.1 is this machine alone, 0.0.0.0 is every network it is in."""
     port: Annotated[int, Number, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
+    proxy: Literal["auto", "haproxy", "ray"] = "auto"
+    """What stands before the replicas: HAProxy, or Ray Serve's own proxies, which cost as much as a small model. `auto`
+    takes HAProxy where `emoray serve` starts Ray on this machine; a Ray Serve that runs keeps what it has.
+    """
+    proxy_ports: tuple[Port, Port, Port] | Literal["auto"] = "auto"
+    """TCP ports of HAProxy's metrics and statistics, on this machine alone, and of Ray Serve's proxy that answers where
+    no replica can, on `host`; `auto` takes free ones."""
+    replica_ports: tuple[Port, Port] = (30000, 31000)
+    """First and last TCP port that replicas behind HAProxy listen on, on `host`."""
+
+    @model_validator(mode="after")
+    def _ports_are_ordered(self) -> HttpConfig:
+        if self.replica_ports[0] >= self.replica_ports[1]:
+            raise ValueError(f"http.replica_ports is {list(self.replica_ports)}, but must go from a lower to a higher")
+        return self
 
 
 class ReplicasConfig(Section):
@@ -29,6 +46,10 @@ class ReplicasConfig(Section):
     """CPUs, and threads, of a replica; `auto` is an even share of the machine."""
     num_gpus: Annotated[float, Number, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs of a replica; `auto` is one where the cluster has any."""
+    upscale_delay_s: Annotated[float, Number, Field(ge=0)] = 3.0
+    """Seconds for which more replicas must be wanted before they are started."""
+    downscale_delay_s: Annotated[float, Number, Field(ge=0)] = 60.0
+    """Seconds for which fewer replicas must be enough before any is stopped."""
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> ReplicasConfig:
@@ -60,6 +81,22 @@ class AuthConfig(Section):
     """File of API keys, one `[admin] NAME SHA256` a line; null takes EMORAY_API_KEYS, or no keys at all."""
 
 
+class GateConfig(Section):
+    """What a model must have reached, by the test metrics stored with it, to be served."""
+
+    metric: Annotated[str, Field(min_length=1)] = "f1"
+    """Name of a stored test metric of which more is better: accuracy, f1, macro_f1."""
+    at_least: Annotated[float, Number] | None = None
+    """Refuse a model below this; null takes any."""
+    may_lose: Annotated[float, Number, Field(ge=0)] | None = None
+    """Refuse a model that is worse than the one in service by more than this; null doesn't compare."""
+
+
+class LoggingConfig(Section):
+    texts: bool = False
+    """Write the texts of each request into the access log: they are people's, so only where that is wanted."""
+
+
 class ServeConfig(Section):
     """A whole endpoint: `configs/serve.yaml`."""
 
@@ -72,6 +109,8 @@ class ServeConfig(Section):
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
     auth: AuthConfig = AuthConfig()
+    gate: GateConfig = GateConfig()
+    logging: LoggingConfig = LoggingConfig()
 
 
 def load(path: str | Path | None, overrides: Iterable[str] = ()) -> ServeConfig:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from emoray.errors import StorageError
 
@@ -24,6 +25,11 @@ def is_uri(location: str) -> bool:
 def absolute(location: str) -> str:
     """Paths made absolute, URIs as they are: workers and other nodes don't share the driver's folder."""
     return location if is_uri(location) else str(Path(location).expanduser().resolve())
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again (tokens, exports): `$EMORAY_CACHE`, else `~/.cache/emoray`."""
+    return Path(os.environ.get("EMORAY_CACHE") or Path.home() / ".cache" / "emoray")
 
 
 class Storage:
@@ -64,18 +70,25 @@ class Storage:
     @contextmanager
     def _told(self, name: str, doing: str) -> Iterator[None]:
         """Failures of the filesystem, told as one sentence with the place."""
+        place = f"{self.location}/{name}".rstrip("/")
         try:
             yield
         except FileNotFoundError:
-            raise StorageError(f"{self.location}/{name}: no such file") from None
+            raise StorageError(f"{place}: no such file") from None
         except OSError as error:
-            raise StorageError(f"{self.location}/{name}: can't be {doing}: {error}") from error
+            raise StorageError(f"{place}: can't be {doing}: {error}") from error
 
     def exists(self, name: str = "") -> bool:
         from pyarrow import fs
 
         with self._told(name, "looked up"):
             return bool(self._fs.get_file_info(self._path(name)).type != fs.FileType.NotFound)
+
+    def is_file(self, name: str = "") -> bool:
+        from pyarrow import fs
+
+        with self._told(name, "looked up"):
+            return bool(self._fs.get_file_info(self._path(name)).type == fs.FileType.File)
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; empty where there is no such folder."""
@@ -100,6 +113,38 @@ class Storage:
 
     def read_text(self, name: str) -> str:
         return self.read(name).decode("utf-8")
+
+    @contextmanager
+    def opened(self, name: str = "") -> Iterator[Any]:
+        """A file to read from any place in it; what is read may fail as the other operations do."""
+        with self._told(name, "read"), self._fs.open_input_file(self._path(name)) as stream:
+            yield stream
+
+    @contextmanager
+    def growing(self, name: str) -> Iterator[Any]:
+        """A stream into a file of any size, which appears whole at the end, or not at all where an error comes."""
+        if self.local_path is None:
+            with self._told(name, "written"):
+                self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
+            try:
+                with self._told(name, "written"), self._fs.open_output_stream(self._path(name), None) as stream:
+                    yield stream
+            except BaseException:
+                self.delete(name)  # closing it has made what was written so far visible
+                raise
+            return
+        path = self.local_path / name
+        temporary = path.parent / f"{_WRITING}{uuid.uuid4().hex}"
+        try:
+            with self._told(name, "written"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("xb") as stream:
+                    yield stream
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes | str, *, exclusive: bool = False) -> None:
         """Write a small file whole.

@@ -30,12 +30,14 @@ class Part:
         tokens: their token ids.
         targets: label ids, int64 [rows].
         rows: row numbers in the source, int64 [rows], for messages.
+        languages: of each text, where `data.language_column` names them (None for train).
     """
 
     texts: list[str]
     tokens: Tokens
     targets: NDArray[np.int64]
     rows: NDArray[np.int64]
+    languages: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda _: None) ->
             tokens=tokenize_cached(split.texts, tokenizer, config.model.max_length),
             targets=split.labels,
             rows=split.rows,
+            languages=None if name == "train" else split.languages,
         )
         for name, split in dataset.splits.items()
     }

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from emoray import checkpoint, metrics
 from emoray.errors import CheckpointError, FencedError, InterruptedRunError, NotFiniteError, StorageError
-from emoray.learner import OPTIMIZER, WEIGHTS, Learner
+from emoray.learner import WEIGHTS, Learner
+from emoray.progress import Progress, write_checkpoint
 from emoray.run import Attempt, History
 from emoray.saving import Saver
 from emoray.storage import Storage
 from emoray.task import Task
 from emoray.world import World
 
-PROGRESS = "training/progress.json"
 _LEASE_EVERY_S = 2.0
 
 
@@ -48,7 +46,7 @@ class Control(Protocol):
         """Asked after each step, on every worker; must not block."""
 
     def tell(self, event: dict[str, Any]) -> None:
-        """What happened; must not block. `kind` is start, row, evaluation or note."""
+        """What happened; must not block. `kind` is start, row, evaluation, checkpoint or note."""
 
 
 class Alone:
@@ -61,51 +59,26 @@ class Alone:
         pass
 
 
-@dataclass
-class Progress:
-    """What a run has behind it, kept as JSON beside the optimizer's tensors.
-
-    Attributes:
-        step: optimizer steps done; with the config and the data it decides all that is to come.
-        evaluations: one entry an evaluation: epoch, step, validation_loss, accuracy, f1, macro_f1.
-        seconds: time spent training, over all attempts.
-    """
-
-    step: int = 0
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @staticmethod
-    def read(folder: Path) -> Progress:
-        """The progress that a checkpoint was written at."""
-        return Progress(**json.loads((folder / PROGRESS).read_text()))
-
-    def best(self, metric: str) -> dict[str, Any] | None:
-        """The best evaluation so far, the earliest of equals."""
-        name, sign = ("validation_loss", -1.0) if metric == "loss" else (metric, 1.0)
-        return max(self.evaluations, key=lambda entry: sign * float(entry[name]), default=None)
-
-    def stalled(self, metric: str, patience: int | None) -> bool:
-        """Whether the last `patience` evaluations brought nothing better."""
-        best = self.best(metric)
-        if patience is None or best is None:
-            return False
-        return len(self.evaluations) - 1 - self.evaluations.index(best) >= patience
-
-
 def train(
-    task: Task, state: Mapping[str, Tensor], world: World, attempt: Attempt, control: Control
+    task: Task,
+    state: Mapping[str, Tensor],
+    world: World,
+    attempt: Attempt,
+    control: Control,
+    pause_after: int | None = None,
 ) -> tuple[Learner, Progress]:
     """Train to the end of the run, from its last good checkpoint.
 
     Args:
         state: the encoder's weights before the first step, by name.
+        pause_after: stop after that evaluation, the first being 1, where the run doesn't end there.
 
     Returns:
         The learner, with the weights of the best checkpoint, and what the run has behind it.
 
     Raises:
-        InterruptedRunError: a stop was wished; a checkpoint of the last step lies in the run's folder.
+        InterruptedRunError: a stop was wished, or `pause_after` was reached; a checkpoint of the last step lies in the
+            run's folder.
         FencedError: a newer attempt owns the run.
         NotFiniteError: the loss is NaN or infinite.
         StorageError: the run's folder can't be written.
@@ -119,8 +92,8 @@ def train(
     if folder is not None:
         learner.load(folder, progress.step)
     if world.writes:
-        control.tell({"kind": "start", "step": progress.step, "workers": world.size})
-    loop = _Loop(learner, progress, attempt, control)
+        control.tell({"kind": "start", "workers": world.size, **_facts(learner, progress)})
+    loop = _Loop(learner, progress, attempt, control, pause_after)
     try:
         loop.run()
     finally:
@@ -130,6 +103,24 @@ def train(
     if best["step"] != progress.step:
         learner.load_weights(checkpoint.fetch(attempt.run, checkpoint.name_of(best["step"])))
     return learner, progress
+
+
+def _facts(learner: Learner, progress: Progress) -> dict[str, Any]:
+    """What training begins with, as the learner holds it: whoever asked for it can see whether it got there."""
+    first = learner.optimizer.param_groups[0]
+    return {
+        "step": progress.step,
+        "total_steps": learner.total_steps,
+        "evaluations": list(progress.evaluations),
+        "batch_size": learner.plan.batch_size,
+        "optimizer": {name: first[name] for name in ("lr", "betas", "eps", "weight_decay")},
+    }
+
+
+def evaluates(step: int, steps_per_epoch: int, per_epoch: int) -> bool:
+    """Whether an evaluation follows that many steps: `per_epoch` times an epoch, as evenly as steps allow."""
+    place = (step - 1) % steps_per_epoch + 1
+    return place * per_epoch // steps_per_epoch > (place - 1) * per_epoch // steps_per_epoch
 
 
 def find_start(run: Storage, world: World, control: Control, metric: str) -> Path | None:
@@ -183,11 +174,14 @@ def _last_good(run: Storage, metric: str) -> tuple[Path | None, list[str]]:
 class _Loop:
     """One attempt's way through the steps that are left."""
 
-    def __init__(self, learner: Learner, progress: Progress, attempt: Attempt, control: Control) -> None:
+    def __init__(
+        self, learner: Learner, progress: Progress, attempt: Attempt, control: Control, pause_after: int | None
+    ) -> None:
+        self.pause_after = pause_after
         self.learner, self.progress, self.attempt, self.control = learner, progress, attempt, control
         self.world, self.config = learner.world, learner.task.config.training
         self.history = History(attempt, progress.step) if self.world.writes else None
-        self.saver = Saver()
+        self.saver, self.clock = Saver(), learner.clock
         self.losses: list[Tensor] = []
         self.logged_at = self.saved_at = self.asked_at = time.monotonic()
         self.saved_step = self.start = progress.step
@@ -196,10 +190,14 @@ class _Loop:
     def run(self) -> None:
         progress, plan, total = self.progress, self.learner.plan, self.learner.total_steps
         while progress.step < total and not self._stalled():
+            if self.pause_after is not None and len(progress.evaluations) >= self.pause_after:
+                self._rest(f"Paused after step {progress.step} of {total}, as asked for; the run goes on from there.")
             self.losses.append(self.learner.step(progress.step))
             progress.step += 1
-            evaluate = progress.step % plan.steps_per_epoch == 0 or progress.step == total
+            often = self.config.evaluations_per_epoch
+            evaluate = evaluates(progress.step, plan.steps_per_epoch, often) or progress.step == total
             wish = self._wish()
+            self.clock.lap("agree")
             if wish == Wish.YIELD:
                 self.attempt.check()
                 raise FencedError(f"{self.attempt.run.location}: a newer attempt took the run over")
@@ -211,12 +209,14 @@ class _Loop:
             if save:
                 self._save()
             if wish == Wish.STOP and progress.step < total:
-                self.saver.wait()
-                self.world.most(0)  # whoever stops first takes the others with it, so all wait for the write
-                raise InterruptedRunError(
-                    f"Stopped after step {progress.step} of {total}; the same command goes on from there."
-                )
+                self._rest(f"Stopped after step {progress.step} of {total}; the same command goes on from there.")
         self.saver.wait()
+
+    def _rest(self, why: str) -> NoReturn:
+        """Stop where a checkpoint was just saved."""
+        self.saver.wait()
+        self.world.most(0)  # whoever stops first takes the others with it, so all wait for the write
+        raise InterruptedRunError(why)
 
     def close(self) -> None:
         """Let go of the threads and files; whatever was being written is finished first."""
@@ -252,6 +252,7 @@ class _Loop:
             if not math.isfinite(loss):
                 self.saver.wait()  # what it says of the last checkpoint goes first
                 raise NotFiniteError(self._not_finite(step, float(loss)))
+        self.clock.lap("read")
         now = time.monotonic()
         seconds, self.logged_at = now - self.logged_at, now
         self.progress.seconds += seconds
@@ -268,7 +269,8 @@ class _Loop:
         ]
         if self.history is not None:
             self.history.append(rows)
-            self.control.tell({"kind": "row", "row": rows[-1], "total_steps": self.learner.total_steps})
+            last = {"row": rows[-1], "total_steps": self.learner.total_steps}
+            self.control.tell({"kind": "row", **last, "steps": len(rows), "parts": self.clock.take()})
 
     def _not_finite(self, step: int, loss: float) -> str:
         rows = self.learner.task.parts["train"].rows[self.learner.plan.samples(step)]
@@ -299,6 +301,7 @@ class _Loop:
         self.progress.evaluations.append(entry)
         if self.world.writes:
             self.control.tell({"kind": "evaluation", "entry": entry})
+        self.clock.lap("evaluation")
         self.logged_at = time.monotonic()  # evaluation is no training time
 
     def _save(self) -> None:
@@ -308,8 +311,10 @@ class _Loop:
             return
         progress = Progress(self.progress.step, list(self.progress.evaluations), round(self.progress.seconds, 3))
         self.saver.save(self.learner.tensors(), partial(self._write, progress))
+        self.clock.lap("checkpoint")  # what training waited for; the writing itself goes on beside it
 
     def _write(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+        started = time.monotonic()
         if self.history is not None and self.attempt.run.local_path is None:
             self.history.flush()
         weights, moments = self.learner.split(tensors)
@@ -317,6 +322,7 @@ class _Loop:
         write_checkpoint(self.learner.task, progress, weights, moments, self.attempt)
         self.written.add(progress.step)
         self._prune(progress)
+        self.control.tell({"kind": "checkpoint", "step": progress.step, "seconds": time.monotonic() - started})
 
     def _must_be_finite(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """A gradient can overflow where the loss did not: the last good checkpoint must not be pushed out by that."""
@@ -341,39 +347,3 @@ class _Loop:
         for step in found:
             if step not in kept and (best is None or step != best["step"]):
                 self.attempt.run.delete(checkpoint.name_of(step))
-
-
-def write_checkpoint(
-    task: Task, progress: Progress, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], attempt: Attempt
-) -> None:
-    """Write the checkpoint of `progress.step` into the run's folder."""
-
-    def fill(folder: Path) -> None:
-        fill_model_folder(
-            folder,
-            task,
-            dict(weights),
-            metrics={"validation": progress.evaluations[-1] if progress.evaluations else None},
-            temperature=1.0,
-        )
-        (folder / OPTIMIZER).parent.mkdir()
-        save_file(dict(moments), folder / OPTIMIZER)
-        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
-
-    checkpoint.write(attempt.run, checkpoint.name_of(progress.step), fill, attempt.check)
-
-
-def fill_model_folder(folder: Path, task: Task, weights: dict[str, Tensor], metrics: Any, temperature: float) -> None:
-    """A Hugging Face folder with emoray.json: what serving needs."""
-    for name, content in task.files.items():
-        (folder / name).write_bytes(content)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    facts = {
-        "labels": list(task.labels),
-        "max_length": task.config.model.max_length,
-        "temperature": temperature,
-        "metrics": metrics,
-        "config": task.config.model_dump(mode="json"),
-        **task.facts,
-    }
-    (folder / checkpoint.FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False))

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 T = TypeVar("T")
 
 WORKER_ENVIRONMENT = {
-    # The C allocator keeps what was freed. With texts of all lengths it would give memory back to the kernel and ask
-    # for it again at every step, which takes a good part of one (mallopt(3); `make bench` sets it for emoray alone).
+    # The C allocator keeps what was freed (mallopt(3)). With texts of all lengths it would give memory back to the
+    # kernel and ask for it again, page by page: half of the page faults, and up to a fifth of a step where they cost
+    # much. Huge pages (GLIBC_TUNABLES) fault less still, but a step that needs new ones may stall for seconds.
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "67108864",
+    # Else each worker warns at every start that `find_unused_parameters` finds none: it is on for another reason.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 """Environment variables that a worker's process must be started with."""
 

@@ -17,15 +17,30 @@ PACKAGE = Path(__file__).parents[1] / "emoray"
 # A module imports from its own room and from those above it. A new file must be given its room here.
 ROOMS = (
     ("errors",),
-    ("config", "serve_config", "storage", "hub", "console"),
-    ("data", "data_*", "tokens", "packing", "dropout", "metrics", "metric_modules", "world", "saving"),
-    ("forward", "vocabulary", "model", "plots", "quickstart"),
-    ("checkpoint", "run"),
-    ("task",),
-    ("learner", "training", "classifier"),
-    ("evaluation", "report", "model_card"),
-    ("finish",),
-    ("doctor", "doctor_*"),
+    ("config", "serve_config", "search_space", "tune_config", "storage", "hub", "console"),
+    (
+        "data",
+        "data_*",
+        "tokens",
+        "packing",
+        "dropout",
+        "metrics",
+        "metric_modules",
+        "uncertainty",
+        "world",
+        "saving",
+        "prediction",
+        "stopwatch",
+    ),
+    ("forward", "vocabulary", "model", "plots", "quickstart", "attribution"),
+    ("checkpoint", "run", "runs"),
+    ("task", "engines", "engines.*"),
+    ("learner", "progress", "training", "classifier"),
+    ("batch_rows", "batch_input", "batch_format", "batch_output"),
+    ("evaluation", "comparison", "label_errors", "report", "model_card"),
+    ("finish", "export"),
+    ("sweep", "sweep_*"),
+    ("doctor", "doctor_*", "monitor"),
     ("http", "http.*"),
     ("on_ray", "on_ray.*"),
     ("cli",),
@@ -109,7 +124,10 @@ def test_lower_modules_load_without_ray() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "storage", "run", "checkpoint", "data", "tokens", "hub"])
+@pytest.mark.parametrize(
+    "module",
+    ["errors", "config", "storage", "run", "checkpoint", "data", "tokens", "hub", "on_ray.channel"],
+)
 def test_light_modules_import_neither_torch_nor_transformers(module: str) -> None:
     """What checks input answers before the heavy libraries would be loaded: nothing at the top of these files."""
     seen: set[str] = set()

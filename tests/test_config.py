@@ -377,3 +377,9 @@ def test_emotion_is_the_documented_recipe() -> None:
         assert {key: found[key] for key in keys} == keys
     assert yaml.safe_load((CONFIGS / "emotion.yaml").read_text(encoding="utf-8")) == yaml.safe_load(DOCUMENTED)
     assert config == TrainConfig(), "the recipe is the default too"
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("training:\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(ConfigError, match=r"the key 'seed' is there twice.*line 3"):
+        load(tmp_path / "c.yaml")

@@ -30,7 +30,7 @@ def scored(rows: int = 400, temperature: float = 1.0, seed: int = 0, **changes: 
         "logits": logits,
         "tokens": rng.integers(4, 60, rows).astype(np.int32),
         "truncated": rng.random(rows) < 0.02,
-        "temperature": temperature,
+        "calibration": metrics.Calibration(temperature),
     }
     return Scored(**{**fields, **changes})
 
@@ -149,7 +149,7 @@ def test_results_are_the_designs() -> None:
     ] * 2
     assert found["epochs"] == epochs
     assert found["best"] == epochs[1]
-    assert found["test"] == {**test.metrics(), "temperature": 1.25}
+    assert found["test"] == {**test.metrics(), "temperature": 1.25, "power": 1.0}
     assert list(found["test"])[:5] == ["accuracy", "f1", "macro_f1", "loss", "ece"]
     with pytest.raises(ValueError, match="validation_loss"):
         results([{"epoch": 1, "step": 2, "accuracy": 0.5, "f1": 0.5}], epochs[1], None)

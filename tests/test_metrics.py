@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from emoray import metrics
+from emoray import metrics, uncertainty
 from emoray.errors import NotFiniteError
 
 
@@ -169,7 +169,7 @@ def test_temperature_of_huge_logits_stays_in_bounds() -> None:
 
 def test_bootstrap_agrees_with_resampling_by_hand() -> None:
     logits, targets = _random(150, 4, 8)
-    found = metrics.bootstrap_intervals(logits, targets, resamples=300, seed=5)
+    found = uncertainty.bootstrap_intervals(logits, targets, resamples=300, seed=5)
     rng, predicted = np.random.default_rng(5), logits.argmax(1)
     drawn: dict[str, list[float]] = {"accuracy": [], "f1": [], "macro_f1": [], "loss": []}
     for rows in rng.integers(0, 150, (300, 150)):
@@ -185,10 +185,10 @@ def test_bootstrap_agrees_with_resampling_by_hand() -> None:
 def test_bootstrap_is_fast_deterministic_and_around_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = _random(2000, 6, 9)
     start = time.perf_counter()
-    first = metrics.bootstrap_intervals(logits, targets)
+    first = uncertainty.bootstrap_intervals(logits, targets)
     assert time.perf_counter() - start < 5  # 0.15 s on a quiet core; only a lost vectorisation takes longer
-    assert first == metrics.bootstrap_intervals(logits, targets)
-    assert first != metrics.bootstrap_intervals(logits, targets, seed=1)
+    assert first == uncertainty.bootstrap_intervals(logits, targets)
+    assert first != uncertainty.bootstrap_intervals(logits, targets, seed=1)
     figures = metrics.compute(logits, targets)
     for name, (low, high) in first.items():
         assert low < figures[name] < high
@@ -197,13 +197,13 @@ def test_bootstrap_is_fast_deterministic_and_around_the_figure(monkeypatch: pyte
     p = figures["accuracy"]
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 2000), rel=0.15)
     # Memory is bounded by doing the resamples in pieces; the pieces don't change the result.
-    monkeypatch.setattr(metrics, "_CHUNK", 7 * 2000)
-    assert metrics.bootstrap_intervals(logits, targets) == first
+    monkeypatch.setattr(uncertainty, "_CHUNK", 7 * 2000)
+    assert uncertainty.bootstrap_intervals(logits, targets) == first
 
 
 @cases
 def test_bootstrap_of_degenerate_input_is_finite(logits: metrics.Array, targets: metrics.Array) -> None:
-    for low, high in metrics.bootstrap_intervals(logits, targets, resamples=50).values():
+    for low, high in uncertainty.bootstrap_intervals(logits, targets, resamples=50).values():
         assert np.isfinite([low, high]).all()
         assert low <= high
 
@@ -248,3 +248,71 @@ def test_evaluate_modules_work_in_the_library() -> None:
 def test_import_is_light() -> None:
     code = "import sys, emoray.metrics; print({'evaluate', 'torch', 'ray', 'sklearn'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_range_of_chance_holds_a_calibrated_model_and_not_another() -> None:
+    """Targets drawn from the probabilities themselves fall inside 95% of the time; overconfident ones don't."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for seed in range(60):
+        logits = rng.normal(size=(800, 4)) * 2
+        probabilities = metrics.softmax(logits)
+        targets = (probabilities.cumsum(1) < rng.random((800, 1))).sum(1).clip(max=3)
+        low, high = uncertainty.calibrated_ece_range(probabilities, resamples=200, seed=seed)
+        assert 0 < low < high
+        inside += low <= metrics.expected_calibration_error(probabilities, targets) <= high
+        sharp = metrics.softmax(logits * 2)
+        assert metrics.expected_calibration_error(sharp, targets) > uncertainty.calibrated_ece_range(sharp, 200)[1]
+    assert 50 <= inside <= 60
+    assert uncertainty.calibrated_ece_range(probabilities) == uncertainty.calibrated_ece_range(probabilities)
+
+
+def test_brier_is_resampled_at_the_temperature() -> None:
+    logits, targets = CASES["random"]
+    probabilities = metrics.softmax(logits, 2.0)
+    brier = ((probabilities - np.eye(6)[targets]) ** 2).sum(1)
+    low, high = uncertainty.bootstrap_intervals(logits, targets, calibration=(2.0, 1.0))["brier"]
+    error = brier.std() / len(brier) ** 0.5
+    assert (low, high) == pytest.approx((brier.mean() - 1.96 * error, brier.mean() + 1.96 * error), abs=0.3 * error)
+
+
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.8])
+def test_fitted_calibration_is_the_minimum(power: float) -> None:
+    """Targets drawn from a known calibration of the logits: it is found again, and no plain temperature beats it."""
+    rng = np.random.default_rng(7)
+    logits = rng.normal(size=(6000, 5)) * 3
+    probabilities = metrics.softmax(logits, 2.0, power)
+    targets = (probabilities.cumsum(1) < rng.random((6000, 1))).sum(1).clip(max=4)
+    found = metrics.fit_calibration(logits, targets)
+    assert found == pytest.approx((2.0, power), rel=0.08)
+    assert (found.power == 1.0) == (power == 1.0)  # one more parameter only where the data asks for it
+
+    def loss(*calibration: float) -> float:
+        return float(sk.log_loss(targets, metrics.softmax(logits, *calibration)))
+
+    for temperature, other in ((1.02, 1), (0.98, 1), (1, 1.02), (1, 0.98)):
+        if found.power != 1.0 or other == 1:
+            assert loss(*found) <= loss(found.temperature * temperature, found.power * other)
+    assert loss(*found) <= loss(metrics.fit_temperature(logits, targets)) + 1e-12
+
+
+def test_few_rows_give_a_plain_temperature() -> None:
+    found = [metrics.fit_calibration(*_random(40, 4, seed, skill=3.0)).power for seed in range(20)]
+    assert sum(power != 1.0 for power in found) <= 1  # the test's level is 1%
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_calibration_of_degenerate_input_is_sound(name: str) -> None:
+    logits, targets = CASES[name]
+    found = metrics.fit_calibration(logits, targets)
+    probabilities = metrics.softmax(logits, *found)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    np.testing.assert_array_equal(probabilities.argmax(1), np.asarray(logits).argmax(1))
+
+
+def test_order_of_the_labels_survives_any_calibration() -> None:
+    logits, _ = CASES["many labels"]
+    for power in (0.4, 1.0, 2.5):
+        np.testing.assert_array_equal(np.argsort(metrics.softmax(logits, 1.7, power), 1), np.argsort(logits, 1))
+    with pytest.raises(ValueError, match="power is 0"):
+        metrics.softmax(logits, 1.0, 0.0)

@@ -173,9 +173,11 @@ def test_dropout_with_the_same_key_gives_the_same_gradients():
     enable_packing(model)
     source = seed_dropout(model.train())
     logits = []
-    for micro_batch in (0, 0, 1):
-        source.begin(seed=1, step=2, micro_batch=micro_batch)
-        logits.append(packed_logits(model, pack(texts)))
+    for step in (2, 2, 3):
+        batch = pack(texts)
+        text, places, first = batch.places()
+        source.begin(seed=1, step=step, texts=text, places=places, first=first)
+        logits.append(packed_logits(model, batch))
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -16,11 +17,14 @@ import pytest
 import yaml
 from sklearn import metrics as sk
 
+from emoray.attribution import Explanation, WordEffect
 from emoray.config import TrainConfig
 from emoray.evaluation import Scored, results
+from emoray.label_errors import LabelError
+from emoray.metrics import Calibration
 from emoray.model_card import CardInput
 from emoray.model_card import render as render_card
-from emoray.report import ReportInput, render
+from emoray.report import Insight, ReportInput, render
 
 LABELS = ("sadness", "joy", "love")
 NASTY = '<script>alert("x")</script> & <b>bold</b>'
@@ -38,7 +42,7 @@ def scored(split: str, rows: int = 300, temperature: float = 1.6, seed: int = 0,
         "logits": (logits * 2).astype(np.float32),
         "tokens": rng.integers(4, 60, rows).astype(np.int32),
         "truncated": rng.random(rows) < 0.1,
-        "temperature": temperature,
+        "calibration": Calibration(temperature),
     }
     return Scored(split=split, **{**fields, **changes})
 
@@ -115,7 +119,7 @@ def _test() -> tuple[Scored, Any, Any]:
     """The test split with its probabilities and predictions, computed here anew."""
     test = whole().test
     assert test is not None
-    powers = np.exp(test.logits.astype(np.float64) / test.temperature)
+    powers = np.exp(test.logits.astype(np.float64) / test.calibration.temperature)
     probabilities = powers / powers.sum(1, keepdims=True)
     return test, probabilities, probabilities.argmax(1)
 
@@ -134,7 +138,9 @@ def test_headline_figures(page: Page, html: str) -> None:
         assert shown == f"{value:.4f}"
         assert low < value < high
     brier = ((probabilities - np.eye(3)[test.targets]) ** 2).sum(1).mean()
-    assert cells["Brier"] == f"{brier:.4f}"
+    assert cells["Brier"].split()[0] == f"{brier:.4f}"
+    low, high = map(float, cells["Brier"].split()[1].split("–"))
+    assert low < brier < high
     assert cells["Rows"] == "300"
     wrong = int((predicted != test.targets).sum())
     assert f"{300 - wrong} right, {wrong} wrong" in html
@@ -214,6 +220,54 @@ def test_worst_errors_are_shown_and_escaped(page: Page, html: str) -> None:
     assert "occur twice &lt;b&gt;" in html
 
 
+def _asked() -> Insight:
+    """Words for two of the worst rows, markup among them, and two doubted rows."""
+    test = whole().test
+    assert test is not None
+    first, second = test.worst(2)
+    words = [WordEffect("<script>", 0, 8, 2.0), WordEffect("x", 15, 16, -1.0), WordEffect("&", 28, 29, 0.5)]
+    doubts = [LabelError(5, "joy", "love", 0.01), LabelError(7, "love", "joy", 0.2)]
+    explained = {first["row"]: Explanation("joy", tuple(words)), second["row"]: Explanation("love", ())}
+    return Insight(explained, doubts)
+
+
+def test_words_are_marked_where_they_stand_and_escaped() -> None:
+    html = render(dataclasses.replace(whole(), insight=_asked()))
+    section = html[html.index('id="errors"') : html.index('id="label-errors"')]
+    assert re.findall(r'<mark class="(\w+)" style="--share: ([\d.]+)">(.*?)</mark>', section) == [
+        ("for", "1.00", "&lt;script&gt;"),
+        ("against", "0.50", "x"),
+        ("for", "0.25", "&amp;"),
+    ]
+    assert "<small>&lt;script&gt; +2.0, x -1.0, &amp; +0.5</small>" in section
+    row = Page(html).table("Text")[0][0]
+    assert row.startswith(NASTY)  # marking loses nothing of the text
+    assert "<script" not in html
+
+
+def test_doubted_rows_are_listed_or_said_why_not() -> None:
+    html = render(dataclasses.replace(whole(), insight=_asked()))
+    assert "2 of 300 rows of test have a label" in " ".join(html.split())
+    test, _, _ = _test()
+    assert Page(html).table("Doubted text") == [
+        [test.texts[5], "joy", "love", "0.010", "5"],
+        [test.texts[7], "love", "joy", "0.200", "7"],
+    ]
+    assert "None found on test" in render(dataclasses.replace(whole(), insight=Insight({}, [])))
+    assert "needs &lt;x&gt;" in render(dataclasses.replace(whole(), insight=Insight({}, "needs <x>")))
+
+
+def test_languages_have_a_table() -> None:
+    names = ["de" if i % 3 else "en" for i in range(300)]
+    page = Page(render(ReportInput(name="two", test=scored("test", languages=names))))
+    split = scored("test")
+    right = split.logits.argmax(1) == split.targets
+    for row, name in zip(page.table("Language"), ("de", "en"), strict=True):
+        mine = np.array(names) == name
+        assert row[:2] == [name, str(mine.sum())]
+        assert row[2].split()[0] == f"{right[mine].mean():.4f}"
+
+
 def test_recipe_and_facts_are_complete(html: str) -> None:
     run = whole()
     text = re.sub(r"<[^>]+>", " ", html)
@@ -276,7 +330,7 @@ def test_report_without_training_or_test() -> None:
     [
         {"logits": np.eye(3, dtype=np.float32)[scored("x").targets] * 9},
         {"targets": np.zeros(300, dtype=np.int64)},
-        {"temperature": 1.0},
+        {"calibration": Calibration()},
         {"tokens": np.full(300, 2000, dtype=np.int32), "truncated": np.ones(300, dtype=bool)},
         {"logits": np.zeros((300, 3), dtype=np.float32)},
         {"labels": ("a|b", "<i>", "ein sehr langer Name, der nirgends Platz findet")},
@@ -312,7 +366,7 @@ def _card(**changes: Any) -> CardInput:
         "results": run.results,
         "validation": run.validation,
         "test": run.test,
-        "temperature": 1.6,
+        "calibration": Calibration(1.6),
         "base_model": "bert-base-multilingual-cased",
         "dataset_id": "dair-ai/emotion",
         "max_length": 60,
@@ -346,7 +400,7 @@ def test_card_is_valid_for_the_hub_and_states_what_was_measured() -> None:
     assert "`training.learning_rate` | `2.0e-05`" in text
     assert "emoray.Classifier.load" in text
     assert 'pipeline("text-classification"' in text
-    assert "Temperature 1.6000, fitted on validation" in text
+    assert "Calibrated on validation with temperature 1.600:" in text
     weakest = LABELS[int(np.argmin(columns[2]))]
     assert f"Weakest label: {weakest}, F1 {columns[2].min():.4f}" in text
     assert f"{test.truncated.sum()} of 300 in test were" in text

@@ -51,10 +51,15 @@ class App:
     """Made by `make_app`."""
 
     def __init__(self, service: Service, config: ServeConfig, keys: Keys, metrics: Metrics) -> None:
-        self._endpoint = Endpoint(service, config, openapi.describe(ROUTES, config, bool(keys)))
+        self._service, self._metrics = service, metrics
         self._table = Table(ROUTES)
-        self._keys, self._metrics = keys, metrics
         self._bodies = 0
+        self.reconfigure(config, keys)
+
+    def reconfigure(self, config: ServeConfig, keys: Keys) -> None:
+        """Take over other limits and keys, from the next request on."""
+        self._endpoint = Endpoint(self._service, config, openapi.describe(ROUTES, config, bool(keys)))
+        self._keys = keys
         self._most_bodies = _BODIES_A_PLACE * config.limits.max_queued_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +84,8 @@ class App:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.perf_counter()
-        exchange = Exchange(scope, receive, self._endpoint.config.limits, _request_id(scope))
+        config = self._endpoint.config
+        exchange = Exchange(scope, receive, config.limits, _request_id(scope), log_texts=config.logging.texts)
         status, route = CLIENT_GONE, "unmatched"
         try:
             found, reply = await self._answer(exchange)

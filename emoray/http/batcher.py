@@ -145,6 +145,8 @@ class Batcher(Generic[P, R]):
         self._clock = Clock()
         self.queued_tokens = 0
         """Tokens that wait for the model."""
+        self.busy_s = 0.0
+        """Seconds for which the model has computed."""
 
     @property
     def requests(self) -> int:
@@ -233,7 +235,9 @@ class Batcher(Generic[P, R]):
                 self._metrics.waited(now - text.request.since)
             outcomes = await loop.run_in_executor(self._thread, self._compute, batch)
             padding = batch[0].tokens * len(batch) - tokens if self._padded else 0
-            self._metrics.batch(len(batch), tokens, padding, self._clock.stop())
+            seconds = self._clock.stop()
+            self.busy_s += seconds
+            self._metrics.batch(len(batch), tokens, padding, seconds)
             for text, outcome in zip(batch, outcomes, strict=True):
                 self._deliver(text, outcome)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -63,6 +63,7 @@ class Exchange:
         deadline: seconds of time.monotonic by which there must be an answer.
         parts: what the route's template matched, e.g. {"name": "emotion"}.
         facts: what the access log says of it beside route, status and time.
+        log_texts: its texts are among them.
     """
 
     scope: Scope
@@ -71,6 +72,7 @@ class Exchange:
     request_id: str
     parts: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    log_texts: bool = False
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.limits.timeout_s
@@ -143,13 +145,15 @@ class Exchange:
             headers=((b"connection", b"close"),),
         )
 
-    def need_texts(self, count: int) -> None:
+    def need_texts(self, texts: Sequence[str]) -> None:
         """Refuse more texts than a request may have."""
-        self.facts["texts"] = count
+        count = self.facts["texts"] = len(texts)
         if count > self.limits.max_texts:
             raise RequestError(
                 "too_large", f"{count} texts, and {self.limits.max_texts} is the limit: send them in several requests"
             )
+        if self.log_texts:
+            self.facts["inputs"] = list(texts)
 
     async def within_time(self, work: Coroutine[Any, Any, T]) -> T:
         """The outcome of some work, unless the client goes away or the time runs out first: then it is cancelled.

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,10 @@ class Keys:
 
     def __init__(self, keys: tuple[Key, ...] = ()) -> None:
         self._keys = keys
+
+    def lines(self) -> list[str]:
+        """As in a keys file: names and sums, from which no key can be had."""
+        return [f"{'admin ' if key.admin else ''}{key.name} {key.digest.hex()}" for key in self._keys]
 
     def __bool__(self) -> bool:
         return bool(self._keys)
@@ -113,6 +117,18 @@ def _read(path: str) -> Keys:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(path, [f"auth.keys_file can't be read: {error}"]) from None
+    keys = parse(lines, path)
+    if not keys:
+        raise ConfigError(path, ["holds no key: add one, or leave auth.keys_file null for an open endpoint"])
+    return keys
+
+
+def parse(lines: Sequence[str], subject: str) -> Keys:
+    """Keys from the lines of a keys file.
+
+    Raises:
+        ConfigError: with every line that is wrong.
+    """
     keys, problems = [], []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
@@ -126,10 +142,8 @@ def _read(path: str) -> Keys:
             )
             continue
         keys.append(Key(words[-2], bytes.fromhex(words[-1]), admin))
-    if not keys and not problems:
-        problems.append("holds no key: add one, or leave auth.keys_file null for an open endpoint")
     if problems:
-        raise ConfigError(path, problems)
+        raise ConfigError(subject, problems)
     return Keys(tuple(keys))
 
 

@@ -6,24 +6,24 @@ Three steps a request: encode (threads), forward (the batcher's thread), decode.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emoray.classifier import Prediction
+from emoray.attribution import Occlusion
 from emoray.errors import EmorayError
 from emoray.http.batcher import Batcher
+from emoray.http.candidate import Candidate, Model, finite, load_model, prepare
 from emoray.http.errors import RequestError, invalid, unavailable
 from emoray.http.metrics import Metrics, Silent
 from emoray.http.service import Identity, Scored, State
-from emoray.serve_config import ServeConfig
+from emoray.serve_config import GateConfig, ServeConfig
 from emoray.tokens import Tokens
 
 _log = logging.getLogger("emoray.http")
@@ -32,45 +32,11 @@ GRACE_S = 30.0
 """How long a stopping server goes on with the requests it has."""
 _DECODE_HERE = 64
 """Texts up to which decoding is quicker than a thread's hand-over."""
-_WARM_UP = ("a", "i feel wonderful today, and so does everyone around me", "word " * 600)
+_ENCODE_HERE = 1000
+"""Characters up to which tokenising is: 35 microseconds for a short message."""
 
-
-class Model(Protocol):
-    """The part of `emoray.Classifier` that serving uses."""
-
-    facts: dict[str, Any]
-    labels: tuple[str, ...]
-    max_length: int
-
-    def encode(self, texts: Sequence[str]) -> Tokens: ...
-
-    def logits(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], Tokens]: ...
-
-    def decode(self, logits: NDArray[np.float32], tokens: Tokens) -> list[Prediction]: ...
-
-
-Loaded = tuple[Model, str]
-"""A model and its fingerprint."""
-
-
-def load_model(location: str) -> Loaded:
-    """A verified model from a folder, URI or run.
-
-    Raises:
-        CheckpointError, ModelError, StorageError: it can't be served.
-    """
-    from emoray import checkpoint
-    from emoray.classifier import Classifier, find_model
-
-    folder = checkpoint.fetch(find_model(location))
-    return Classifier.load(folder), fingerprint(folder)
-
-
-def fingerprint(folder: Path) -> str:
-    """12 hex digits that change with any file of a model folder."""
-    from emoray import checkpoint
-
-    return hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()[:12]
+Ids = NDArray[np.int32]
+"""One text as token ids."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +45,7 @@ class _Served:
 
     model: Model
     identity: Identity
-    batcher: Batcher[str, NDArray[np.float32]]
+    batcher: Batcher[Ids, NDArray[np.float32]]
 
 
 class LocalService:
@@ -87,14 +53,14 @@ class LocalService:
 
     Args:
         config: `model` says what is loaded at the start.
-        load: how; tests give dummies.
+        load: how; None loads into the engine that the config names. Tests give dummies.
         metrics: told of batches and predictions.
     """
 
     def __init__(
-        self, config: ServeConfig, load: Callable[[str], Loaded] = load_model, metrics: Metrics | None = None
+        self, config: ServeConfig, load: Callable[[str], Model] | None = None, metrics: Metrics | None = None
     ) -> None:
-        self._config, self._load = config, load
+        self._config, self._load = config, load or partial(load_model, engine=config.engine)
         self._metrics = metrics or Silent()
         self._served: _Served | None = None
         self._state: State = "starting"
@@ -115,7 +81,7 @@ class LocalService:
     async def start(self) -> None:
         self._spawn(self._bring(self._config.model))
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -126,47 +92,61 @@ class LocalService:
         self._spawn(self._bring(location))
 
     async def _bring(self, location: str) -> None:
-        """Load, verify and warm a model beside the present one, then change one reference."""
-        before = self._served
+        """Load a model beside the present one, then put it into service, or say why not."""
         self._swap = {"state": "loading", "to": location}
+        before = str(self.identity) if self.identity else None
         try:
-            served = await asyncio.get_running_loop().run_in_executor(self._loaders, self._prepare, location)
+            candidate = await self.prepare(location, self._config.gate)
         except Exception as error:
-            expected = isinstance(error, EmorayError)
-            _log.error("model %s: can't be served: %s", location, error, exc_info=None if expected else error)
-            # What a model's folder says of itself is for its owner: the log has it, /info the first line.
-            reason = str(error).splitlines()[0] if expected else "the server's log has the cause"
-            self._swap = {"state": "failed", "to": location, "error": reason}
-            if before is None:
-                self._state = "failed"
+            self._swap = {"state": "failed", "to": location, "error": reason(location, error)}
+            self.refuse()
             return
+        self.adopt(candidate)
+        self._swap = {"state": "idle", "from": before, "to": str(candidate.identity), **candidate.comparison}
+
+    async def prepare(self, location: str, gate: GateConfig) -> Candidate:
+        """Load, check and warm a model beside the present one, in a thread.
+
+        Raises:
+            EmorayError: it can't be served.
+        """
+        present = self._served.model if self._served else None
+        return await asyncio.get_running_loop().run_in_executor(
+            self._loaders, prepare, location, self._load, present, gate
+        )
+
+    def adopt(self, candidate: Candidate) -> None:
+        """Put a model into service: one reference changes, and the old one answers what it has."""
         if self._state == "stopping":
             return
-        self._served, self._state = served, "ready"
-        self._swap = {"state": "idle", "from": str(before.identity) if before else None, "to": str(served.identity)}
-        if before is not None:
-            await before.batcher.close(GRACE_S)
-
-    def _prepare(self, location: str) -> _Served:
-        """In a thread: a model that has answered once."""
-        model, digest = self._load(location)
-        name = str(model.facts.get("config", {}).get("run", {}).get("name", "emotion"))
-        for text in _WARM_UP:
-            _finite(model.logits([text])[0])
-        batcher = Batcher[str, NDArray[np.float32]](
-            lambda texts: list(_finite(model.logits(texts)[0])),
+        model, before = candidate.model, self._served
+        batcher = Batcher[Ids, NDArray[np.float32]](
+            lambda texts: list(finite(model.forward(Tokens.of(texts)))),
             max_tokens=self._config.batching.max_tokens,
             max_requests=self._config.limits.max_queued_requests,
             max_wait_s=self._config.limits.max_queue_s,
             metrics=self._metrics,
         )
-        return _Served(model, Identity(name, digest, model.labels), batcher)
+        self._served, self._state = _Served(model, candidate.identity, batcher), "ready"
+        self._metrics.model(str(candidate.identity))
+        if before is not None:
+            self._metrics.swap("accepted")
+            self._spawn(before.batcher.close(GRACE_S))
 
-    async def classify(self, texts: Sequence[str], deadline: float, truncate: bool = True) -> Scored:
+    def refuse(self) -> None:
+        """Note that a model is not served; without another one this is the end of the start."""
+        if self._served is None:
+            self._state = "failed"
+        else:
+            self._metrics.swap("refused")
+
+    async def classify(
+        self, texts: Sequence[str], deadline: float, truncate: bool = True, explain: bool = False
+    ) -> Scored:
         loop = asyncio.get_running_loop()
         try:
-            served, tokens, rows = await self._score(texts, deadline, truncate)
-            logits = np.stack(rows)
+            served, tokens, occlusion, rows = await self._score(texts, deadline, truncate, explain)
+            logits, without = np.stack(rows[: len(texts)]), rows[len(texts) :]
             decode = served.model.decode
             if len(texts) <= _DECODE_HERE:
                 predictions = decode(logits, tokens)
@@ -179,28 +159,55 @@ class LocalService:
             raise RequestError("model", "the model failed on one of these texts; the server's log has more") from error
         for prediction in predictions:
             self._metrics.prediction(prediction.label, prediction.score)
-        return Scored(str(served.identity), served.identity.labels, predictions, logits)
+        explanations = occlusion.explanations(served.model, logits, np.array(without)) if occlusion else ()
+        return Scored(str(served.identity), served.identity.labels, predictions, logits, explanations)
 
     async def _score(
-        self, texts: Sequence[str], deadline: float, truncate: bool
-    ) -> tuple[_Served, Tokens, list[NDArray[np.float32]]]:
+        self, texts: Sequence[str], deadline: float, truncate: bool, explain: bool
+    ) -> tuple[_Served, Tokens, Occlusion | None, list[NDArray[np.float32]]]:
+        """The texts' tokens and logits; where they are to be explained, followed by the logits without each word."""
+        run = asyncio.get_running_loop().run_in_executor
         while True:
             served = self._served
             if served is None or self._state == "stopping":
                 raise _not_there(self._state)
             served.batcher.admit(0, deadline)  # what is refused anyway need not be tokenised
-            tokens = await asyncio.get_running_loop().run_in_executor(self._encoders, served.model.encode, texts)
+            if sum(map(len, texts)) <= _ENCODE_HERE:
+                tokens = served.model.encode(texts)
+            else:
+                tokens = await run(self._encoders, served.model.encode, texts)
             if not truncate and tokens.truncated.any():
                 raise too_long(int(np.argmax(tokens.truncated)), served.model.max_length)
+            occlusion, parts = None, [tokens]
+            if explain:
+                occlusion = await run(self._encoders, _occlusion, served.model, texts, self._config.limits.max_texts)
+                parts.append(await run(self._encoders, served.model.encode, occlusion.variants))
             if served is self._served:  # else the model was changed meanwhile, and the old queue is closed
-                return served, tokens, await served.batcher.submit(texts, tokens.lengths.tolist(), deadline)
+                ids = [part[i] for part in parts for i in range(len(part))]
+                lengths = [length for part in parts for length in part.lengths.tolist()]
+                return served, tokens, occlusion, await served.batcher.submit(ids, lengths, deadline)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for the model."""
+        return self._served.batcher.queued_tokens if self._served else 0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds for which the present model has computed, since it is in service."""
+        return self._served.batcher.busy_s if self._served else 0.0
+
+    def reconfigure(self, config: ServeConfig) -> None:
+        """Take over another config; what concerns the queue holds from the next model on."""
+        self._config = config
 
     def info(self) -> dict[str, Any]:
         served = self._served
         facts = served.model.facts if served else {}
         return {
             "max_length": served.model.max_length if served else None,
-            "engine": "torch",
+            "engine": served.model.engine.name if served else None,
+            "engines": served.model.engine.figures if served else {},
             "metrics": facts.get("metrics", {}).get("test"),
             "versions": facts.get("versions", {}),
             "queued": {
@@ -218,10 +225,22 @@ class LocalService:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    if not np.isfinite(logits).all():
-        raise ArithmeticError("the model's output is not finite")
-    return logits
+def reason(location: str, error: Exception) -> str:
+    """Why a model is not served, in one line for `/info`; the log has the rest."""
+    expected = isinstance(error, EmorayError)
+    _log.error("model %s: can't be served: %s", location, error, exc_info=None if expected else error)
+    # What a model's folder says of itself is for its owner: the log has it, /info the first line.
+    return str(error).splitlines()[0] if expected else "the server's log has the cause"
+
+
+def _occlusion(model: Model, texts: Sequence[str], most: int) -> Occlusion:
+    occlusion = Occlusion.of(texts, model.seen(texts))
+    words = sum(len(found) for found in occlusion.spans)
+    if words > most:
+        raise RequestError(
+            "too_large", f"explaining costs a text more for each word: {words} words, and {most} is the limit"
+        )
+    return occlusion
 
 
 def _not_there(state: State) -> RequestError:

@@ -28,6 +28,12 @@ class Metrics(Protocol):
     def prediction(self, label: str, score: float) -> None:
         """One text was answered: its likeliest label and that label's probability."""
 
+    def model(self, model: str) -> None:
+        """A model, `name@fingerprint`, answers from now on."""
+
+    def swap(self, outcome: str) -> None:
+        """A model change ended: `accepted` or `refused`."""
+
 
 class Silent:
     """Counts nothing."""
@@ -41,3 +47,7 @@ class Silent:
     def failure(self, kind: str) -> None: ...
 
     def prediction(self, label: str, score: float) -> None: ...
+
+    def model(self, model: str) -> None: ...
+
+    def swap(self, outcome: str) -> None: ...

@@ -63,6 +63,19 @@ class ClassifyRequest(Own):
     texts: Annotated[list[Text], Field(min_length=1)]
     top_k: TopK | None = None
     truncate: Annotated[bool, Field(description="Cut texts that are too long; else they are refused.")] = True
+    explain: Annotated[
+        bool,
+        Field(description="Say which words pulled each prediction; each word counts as a text more against the limit."),
+    ] = False
+
+
+class WordBody(Strict):
+    word: Annotated[str, Field(description="As it stands in the text.")]
+    start: Annotated[int, Field(ge=0, description="Index of its first character, in code points.")]
+    end: Annotated[int, Field(ge=0, description="Index after its last character.")]
+    effect: Annotated[
+        float, Field(description="By how much it raises the log-odds of the label; below 0 where it speaks against it.")
+    ]
 
 
 class PredictionBody(Strict):
@@ -71,6 +84,7 @@ class PredictionBody(Strict):
     scores: Annotated[dict[str, float], Field(description="Label to probability, the likeliest first.")]
     truncated: Annotated[bool, Field(description="The text was cut to the model's length.")]
     tokens: Annotated[int, Field(ge=0, description="Tokens that the model saw.")]
+    words: Annotated[list[WordBody] | None, Field(description="Only where `explain` was asked for.")] = None
 
 
 class ClassifyResponse(Strict):
@@ -279,7 +293,8 @@ class Info(BaseModel):
     fingerprint: str | None
     labels: list[str]
     state: Literal["starting", "ready", "stopping", "failed"]
-    engine: str
+    engine: Annotated[str | None, Field(description="torch, onnx or onnx-int8.")]
+    engines: Annotated[dict[str, Any], Field(description="What `auto` measured at warm-up, in milliseconds.")]
     limits: Limits
     versions: dict[str, str]
     swap: dict[str, Any]

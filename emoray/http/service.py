@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from emoray.classifier import Prediction
+from emoray.attribution import Explanation
+from emoray.prediction import Prediction
 
 State = Literal["starting", "ready", "stopping", "failed"]
 
@@ -23,12 +24,14 @@ class Scored:
         labels: names in the order of their ids.
         predictions: one a text, in the texts' order.
         logits: float32 [texts, labels], before temperature.
+        explanations: one a text where they were asked for, else none.
     """
 
     model: str
     labels: tuple[str, ...]
     predictions: Sequence[Prediction]
     logits: NDArray[np.float32]
+    explanations: Sequence[Explanation] = ()
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,20 @@ class Service(Protocol):
     def identity(self) -> Identity | None:
         """The model that answers; None until there is one."""
 
-    async def classify(self, texts: Sequence[str], deadline: float, truncate: bool = True) -> Scored:
+    async def classify(
+        self, texts: Sequence[str], deadline: float, truncate: bool = True, explain: bool = False
+    ) -> Scored:
         """Score a request's texts.
 
         Args:
             texts: at least one.
             deadline: seconds of time.monotonic.
             truncate: cut texts that are too long; else they are refused.
+            explain: say which words pulled each prediction, too: a forward pass more for each word.
 
         Raises:
-            RequestError: `validation` (too long), `overloaded`, `unavailable`, `timeout`, `model`.
+            RequestError: `validation` (too long), `too_large` (too much to explain), `overloaded`, `unavailable`,
+                `timeout`, `model`.
         """
 
     def info(self) -> dict[str, Any]:

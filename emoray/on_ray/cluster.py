@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,22 +35,24 @@ _BUSY_S = 60
 
 @dataclass(frozen=True)
 class Placement:
-    """What each worker gets.
+    """What each worker of a run gets.
 
     Attributes:
         min_workers, max_workers: equal where the run isn't elastic.
         cpus: CPUs, and threads, of a worker.
-        use_gpu: one GPU a worker.
+        use_gpu: whether workers take GPUs.
+        gpus: share of a GPU that each takes then.
     """
 
     min_workers: int
     max_workers: int
     cpus: int
     use_gpu: bool
+    gpus: float = 1.0
 
     @property
     def resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.use_gpu else {})}
 
     @property
     def each(self) -> str:
@@ -88,6 +91,18 @@ def connect() -> bool:
     return ray._private.worker._global_node is not None and ray._private.worker._global_node.is_head()
 
 
+@contextmanager
+def session(say: Callable[[str], None]) -> Iterator[str | None]:
+    """Ray for the time of a command: joined, or started here and ended afterwards. Gives the dashboard's address."""
+    say("Connecting to Ray")
+    started = connect()
+    try:
+        yield dashboard()
+    finally:
+        if started:
+            shutdown()
+
+
 def _knock(address: str) -> None:
     """Raises OSError where nothing listens at `host:port`: `ray.init` would try for a quarter of an hour."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
@@ -98,6 +113,9 @@ def _knock(address: str) -> None:
 _REPLACED = ("A worker died or was killed", "Raylet is terminated", "The node with node id")
 """How Ray's own words on dead workers and nodes begin: ours say which worker, where, at which step, what follows."""
 
+_MEANT = "PYTHON worker processes have been started on node"
+"""Of a warning about many processes: those that take no CPU, such as the drivers of a sweep's trials, are meant."""
+
 
 def _hush() -> None:
     """Keep Ray from printing what we say better, with pages of its logs; all else that it has to say is printed."""
@@ -106,12 +124,18 @@ def _hush() -> None:
     print_all = worker.print_to_stdstream
 
     def print_the_rest(data: dict[str, Any], ignore_prefix: bool) -> None:
-        lines = [line for line in data["lines"] if not line.startswith(_REPLACED)]
+        lines = [line for line in data["lines"] if not line.startswith(_REPLACED) and _MEANT not in line]
         if lines:
             print_all({**data, "lines": lines}, ignore_prefix)
 
     if print_all.__name__ != print_the_rest.__name__:
         worker.print_to_stdstream = print_the_rest
+
+
+def warn_of_lost_storage(location: str, say: Callable[[str], None]) -> None:
+    """Say so where a run would lie in the folder that Ray unpacks for a job, and deletes when it wants the room."""
+    if "/runtime_resources/working_dir_files/" in location:
+        say(f"Warning: {location} is the job's own folder, and Ray deletes it: set run.storage_path to keep the run")
 
 
 def on_this_node() -> dict[str, str]:
@@ -125,14 +149,37 @@ def place(workers: WorkersConfig) -> Placement:
     Raises:
         ClusterError: says what was asked and what there is, unless `wait_for_nodes_s` lets nodes come.
     """
-    nodes = _nodes()
-    use_gpu = any(node.get("GPU", 0) for node in nodes) if workers.use_gpu == "auto" else workers.use_gpu
-    cpus = workers.cpus_per_worker or _even_share(nodes, workers.max_workers, use_gpu)
-    placement = Placement(workers.min_workers, workers.max_workers, cpus, use_gpu)
-    room = sum(_fits(node, placement.resources) for node in nodes)
-    if room < workers.min_workers and not workers.wait_for_nodes_s:
-        raise ClusterError(_too_little(workers, placement, nodes, room))
+    placement, _ = place_side_by_side(workers, 1)
     return placement
+
+
+def place_side_by_side(workers: WorkersConfig, most: int | None) -> tuple[Placement, int]:
+    """Decide what each worker gets where several runs of the same size share the cluster.
+
+    Args:
+        most: how many runs at once; None is as many as there are GPUs for, or one on each node without GPUs: a run on
+            all of a node's CPUs ends sooner, and fewer at once know more of each other.
+
+    Returns:
+        What each worker gets, and how many runs there is room for at once: at least one, at most `most`.
+
+    Raises:
+        ClusterError: as `place`.
+    """
+    nodes = live_nodes()
+    use_gpu = any(node.get("GPU", 0) for node in nodes) if workers.use_gpu == "auto" else workers.use_gpu
+    gpus, size = workers.gpus_per_worker if use_gpu else 0.0, workers.max_workers
+    if most is None and use_gpu:
+        wanted = max(1, sum(fits(node, {"GPU": gpus}) for node in nodes) // size)
+    else:
+        wanted = most or max(1, sum(node.get("CPU", 0) >= 1 for node in nodes) // size)
+    cpus = workers.cpus_per_worker or even_share(nodes, size * wanted, gpus)
+    placement = Placement(workers.min_workers, size, cpus, use_gpu, workers.gpus_per_worker)
+    room = sum(fits(node, placement.resources) for node in nodes)
+    if room < workers.min_workers and not workers.wait_for_nodes_s:
+        raise ClusterError(too_little(workers, placement, nodes, room))
+    runs = max(1, room // size)
+    return placement, runs if most is None and workers.cpus_per_worker else min(runs, wanted)
 
 
 def wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[str], None]) -> None:
@@ -160,32 +207,32 @@ def wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[s
     )
 
 
-def _nodes() -> list[dict[str, float]]:
+def live_nodes() -> list[dict[str, float]]:
     """Resources of each living node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _fits(node: dict[str, float], wanted: dict[str, float]) -> int:
+def fits(node: dict[str, float], wanted: dict[str, float]) -> int:
     """How many workers a node has room for."""
-    return int(min(node.get(name, 0) // amount for name, amount in wanted.items()))
+    return int(min(node.get(name, 0) / amount + 1e-6 for name, amount in wanted.items()))  # 1 // 0.1 is 9
 
 
-def _even_share(nodes: list[dict[str, float]], num_workers: int, use_gpu: bool) -> int:
+def even_share(nodes: list[dict[str, float]], num_workers: int, gpus: float) -> int:
     """The most CPUs a worker can have so that all workers fit; at least one.
 
     Beside a GPU at most eight: batches are prepared by one thread, and other jobs want CPUs too.
     """
     most = int(max((node.get("CPU", 0) for node in nodes), default=1))
-    if use_gpu:
+    if gpus:
         most = min(most, 8)
     for cpus in range(most, 1, -1):
-        wanted = {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
-        if sum(_fits(node, wanted) for node in nodes) >= num_workers:
+        wanted = {"CPU": float(cpus), **({"GPU": gpus} if gpus else {})}
+        if sum(fits(node, wanted) for node in nodes) >= num_workers:
             return cpus
     return 1
 
 
-def _too_little(workers: WorkersConfig, placement: Placement, nodes: list[dict[str, float]], room: int) -> str:
+def too_little(workers: WorkersConfig, placement: Placement, nodes: list[dict[str, float]], room: int) -> str:
     there = "; ".join(f"node {i + 1}: {_amounts(node)}" for i, node in enumerate(nodes[:8]))
     remedy = "lower workers.num_workers or workers.cpus_per_worker"
     if workers.use_gpu is True:

@@ -85,7 +85,7 @@ def joined_cluster(case: Case) -> Iterator[Finding]:
     was_there = ray.is_initialized()
     try:
         cluster.connect()
-        case.joined, case.nodes = True, cluster._nodes()
+        case.joined, case.nodes = True, cluster.live_nodes()
         yield ok(name, f"{address}: Ray {ray.__version__}, {len(case.nodes)} nodes, {_total(case.nodes)}")
         yield from _ask_nodes(case.storage_path)
     except ClusterError as error:
@@ -230,13 +230,14 @@ def room(case: Case) -> Iterator[Finding]:
     workers, nodes = case.config.workers, case.nodes
     has_gpu = any(node.get("GPU", 0) for node in nodes)
     case.uses_gpu = has_gpu if workers.use_gpu == "auto" else workers.use_gpu
-    case.cpus = workers.cpus_per_worker or cluster._even_share(nodes, workers.max_workers, case.uses_gpu)
-    placement = Placement(workers.min_workers, workers.max_workers, case.cpus, case.uses_gpu)
-    there = sum(cluster._fits(node, placement.resources) for node in nodes)
+    gpus = workers.gpus_per_worker if case.uses_gpu else 0.0
+    case.cpus = workers.cpus_per_worker or cluster.even_share(nodes, workers.max_workers, gpus)
+    placement = Placement(workers.min_workers, workers.max_workers, case.cpus, case.uses_gpu, workers.gpus_per_worker)
+    there = sum(cluster.fits(node, placement.resources) for node in nodes)
     if there >= workers.min_workers:
         yield ok("workers", f"room for {there}, asked for {workers.max_workers} {placement.each}")
         return
-    found, _, remedy = cluster._too_little(workers, placement, nodes, there).partition("): ")
+    found, _, remedy = cluster.too_little(workers, placement, nodes, there).partition("): ")
     if workers.wait_for_nodes_s:
         yield warning("workers", f"{found})", f"none, if the autoscaler brings them in {workers.wait_for_nodes_s:g} s")
     else:

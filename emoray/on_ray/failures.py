@@ -79,11 +79,15 @@ class Failures(FailurePolicy):
             return self._no_room(cause)
         self._roomless_since = None
         workers = self._workers()
-        who, reason = describe(error, {rank: _place(worker) for rank, worker in workers.items()})
+        places = {rank: _place(worker) for rank, worker in workers.items()}
+        who, reason = describe(error, places)
         attempt = self._failed + 1
         if user_error(error) is not None:
             return Failure(who, reason, attempt, retry=False, spent=True, final=True)
-        if is_preempted(error) or self._node_is_gone(error, workers):
+        announced = is_preempted(error)
+        lost = [] if announced else self._on_lost_nodes(workers)
+        if lost or announced:
+            who = _names(lost, places) if lost else who
             return Failure(who, "its node was taken away", attempt, retry=True, spent=False, final=False)
         self._failed += 1
         can = isinstance(error, WorkerGroupError) or isinstance(cause, WorkerGroupStartupFailedError)
@@ -109,23 +113,24 @@ class Failures(FailurePolicy):
             return {w.distributed_context.world_rank: w for w in self.controller.get_worker_group().get_workers()}
         return {}
 
-    def _node_is_gone(self, error: Any, workers: dict[int, Any]) -> bool:
-        """Whether a worker died with its node.
+    def _on_lost_nodes(self, workers: dict[int, Any]) -> list[int]:
+        """Ranks of the workers whose nodes are gone.
 
-        At first both look the same, so this waits until Ray has called the node dead, or the node has answered; a
-        run that is taken up before that would be placed on the dead node.
+        What fails first says little: with a lost node's worker the others fail too, in the middle of a sum, and often
+        they are noticed before it. So each node must answer, unless Ray calls one dead first; a run that is taken up
+        before that would be placed on the dead node. The driver's own node needn't: this runs there.
         """
-        dead = {rank: _death(e) for rank, e in getattr(error, "worker_failures", {}).items() if _death(e) is not None}
-        nodes = {workers[rank].metadata.node_id for rank in dead if rank in workers}
-        undecided = any(isinstance(death, ray.exceptions.ActorUnavailableError) for death in dead.values())
+        asked = {node: _ask(node) for node in {w.metadata.node_id for w in workers.values()} - {_here()}}
         deadline = time.monotonic() + _UNDECIDED_S
-        while nodes:
-            if nodes - {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
-                return True
-            if not undecided or time.monotonic() > deadline or all(_answers(node) for node in nodes):
-                return False
-            time.sleep(0.5)
-        return False
+        while asked:
+            lost = asked.keys() - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            if lost:
+                return sorted(rank for rank, worker in workers.items() if worker.metadata.node_id in lost)
+            asked = {node: answer for node, answer in asked.items() if not _answers(answer)}
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        return []
 
 
 def _death(error: Any) -> Any:
@@ -133,14 +138,22 @@ def _death(error: Any) -> Any:
     return error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else None
 
 
-def _answers(node_id: str) -> bool:
-    """Whether a node still runs tasks."""
+def _here() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _ask(node_id: str) -> Any:
+    """Send a task to a node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    reference = ray.remote(num_cpus=0, max_retries=0)(_nothing).options(scheduling_strategy=there).remote()
+    return ray.remote(num_cpus=0, max_retries=0)(_nothing).options(scheduling_strategy=there).remote()
+
+
+def _answers(answer: Any) -> bool:
+    """Whether a node has done what it was asked."""
     try:
-        ray.get(reference, timeout=3)
+        ray.get(answer, timeout=0)
     except (ray.exceptions.RayError, TimeoutError):
         return False
     return True
@@ -176,9 +189,7 @@ def describe(error: Any, places: dict[int, str]) -> tuple[str, str]:
         places: where each worker ran, by rank, as far as known.
     """
     if isinstance(error, PreemptionError):
-        ranks = sorted(error.preemption_info.preempted_ranks)
-        who = " and ".join(f"worker {rank} on {places.get(rank, 'its node')}" for rank in ranks)
-        return (who[:1].upper() + who[1:] or "The run"), "its node was taken away"
+        return _names(sorted(error.preemption_info.preempted_ranks), places), "its node was taken away"
     if isinstance(error, ray.exceptions.RayActorError):  # beside the driver, and all workers went with it
         return "Ray Train's controller", _ENDED
     failures = dict(getattr(error, "worker_failures", {}))
@@ -191,6 +202,11 @@ def describe(error: Any, places: dict[int, str]) -> tuple[str, str]:
     dead = {rank: failure for rank, failure in failures.items() if _death(failure) is not None}
     rank, failure = min((dead or failures).items())
     return f"Worker {rank} on {places.get(rank, 'an unknown node')}", _reason(failure)
+
+
+def _names(ranks: list[int], places: dict[int, str]) -> str:
+    who = " and ".join(f"worker {rank} on {places.get(rank, 'its node')}" for rank in ranks)
+    return who[:1].upper() + who[1:] or "The run"
 
 
 def _reason(failure: Any) -> str:

@@ -10,19 +10,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
+from torch import nn
 
 from emoray import model, run
 from emoray.config import TrainConfig
-from emoray.errors import EmorayError, InterruptedRunError, RunError, RunExistsError
+from emoray.errors import EmorayError, InterruptedRunError, NotFiniteError, RunError, RunExistsError
 from emoray.on_ray import cluster, elastic, ray_train
 from emoray.on_ray.channel import open_channel
 from emoray.on_ray.cluster import Placement
 from emoray.on_ray.failures import Failures, describe, user_error
+from emoray.on_ray.train_metrics import DriverMetrics
 from emoray.on_ray.worker import run_worker
 from emoray.storage import Storage, absolute, is_uri
 from emoray.task import Task, prepare
@@ -54,17 +57,39 @@ class Watcher(Protocol):
     def evaluation(self, entry: dict[str, Any]) -> None:
         """A line of the results table."""
 
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Workers start: `step`, `total_steps`, the `evaluations` so far, and the `optimizer` that worker 0 made."""
 
-def train(config: TrainConfig, watcher: Watcher) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Stint:
+    """A part of a run, for whoever trains many runs on the same data.
+
+    Attributes:
+        task: the run's input, prepared before; its config is replaced.
+        state: reference to the encoder's weights before the first step, arrays by name.
+        pause_after: the evaluation to pause after, the first being 1; None trains to the end.
+        stop: set it, and the run saves a checkpoint and stops.
+    """
+
+    task: Task
+    state: Any
+    pause_after: int | None
+    stop: threading.Event
+
+
+def train(config: TrainConfig, watcher: Watcher, stint: Stint | None = None) -> dict[str, Any]:
     """Train, or go on training, to the end of the run.
 
     Args:
         config: as loaded; paths may be relative to the current folder.
+        stint: what is given already, and how far to train; None prepares everything and trains to the end.
 
     Returns:
         The content of results.json; of a run that was finished already, what it holds.
 
     Raises:
+        InterruptedRunError: it was asked to stop, or has reached the end of its stint.
         EmorayError: whatever a person must mend; nothing was started where it comes before the first step.
     """
     config = with_absolute_paths(config)
@@ -72,18 +97,20 @@ def train(config: TrainConfig, watcher: Watcher) -> dict[str, Any]:
     if config.run.on_existing == "fail" and folder.exists():
         raise RunExistsError(f"{folder.location}: exists, and run.on_existing is fail: choose another run.name")
     folder.must_be_writable()
+    cluster.warn_of_lost_storage(folder.location, watcher.say)
     if config.run.on_existing == "replace":
         run.refuse_foreign(folder)
-    task = prepare(config, watcher.say)
+    task = prepare(config, watcher.say) if stint is None else replace(stint.task, config=config)
     if config.run.on_existing != "replace":
         run.refuse_changed(folder, task.identity)
         done = run.results(folder)
         if done is not None:
             watcher.say(f"{folder.location} is finished; run.on_existing=replace would train it anew.")
             return done
-    watcher.say(f"Loading {config.model.pretrained}")
-    weights = model.load(config.model, task.labels, config.training.seed)
-    with _ray(watcher) as dashboard:
+    if stint is None:
+        watcher.say(f"Loading {config.model.pretrained}")
+        weights = model.load(config.model, task.labels, config.training.seed)
+    with cluster.session(watcher.say) as dashboard:
         placement = cluster.place(config.workers)
         _say_placement(watcher, placement, dashboard)
         if config.run.on_existing == "replace":
@@ -92,9 +119,15 @@ def train(config: TrainConfig, watcher: Watcher) -> dict[str, Any]:
         attempt = run.Attempt.begin(folder, task.identity)
         attempt.write(run.CONFIG, config.to_yaml())
         cluster.wait_for_room(config.workers, placement, watcher.say)
-        state = {name: tensor.numpy() for name, tensor in weights.state_dict().items()}
+        if stint is None:
+            stint = Stint(task, put_weights(weights), None, threading.Event())
         with tempfile.TemporaryDirectory(prefix="emoray-ray-", ignore_cleanup_errors=True) as scratch:
-            return _Fit(task, state, folder, attempt.number, placement, scratch, watcher).run()
+            return _Fit(replace(stint, task=task), folder, attempt.number, placement, scratch, watcher).run()
+
+
+def put_weights(weights: nn.Module) -> Any:
+    """Reference to a model's weights in Ray's object store: one copy a node, however many workers read it."""
+    return ray.put({name: tensor.numpy() for name, tensor in weights.state_dict().items()})
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -114,18 +147,6 @@ def _absolute_if_here(name: str) -> str:
     return name if is_uri(name) or name == "quickstart" or not os.path.exists(expanded) else absolute(expanded)
 
 
-@contextmanager
-def _ray(watcher: Watcher) -> Iterator[str | None]:
-    """Ray for the time of a run: joined, or started here and ended afterwards. Gives the dashboard's address."""
-    watcher.say("Connecting to Ray")
-    started = cluster.connect()
-    try:
-        yield cluster.dashboard()
-    finally:
-        if started:
-            cluster.shutdown()
-
-
 def _say_placement(watcher: Watcher, placement: Placement, dashboard: str | None) -> None:
     count = str(placement.max_workers)
     if placement.min_workers < placement.max_workers:
@@ -140,15 +161,16 @@ class _Fit:
 
     def __init__(
         self,
-        task: Task,
-        state: dict[str, Any],
+        stint: Stint,
         folder: Storage,
         attempt: int,
         placement: Placement,
         scratch: str,
         watcher: Watcher,
     ) -> None:
+        task, self.wished_stop = stint.task, stint.stop
         self.watcher, self.folder = watcher, folder
+        self.metrics = DriverMetrics(folder.location)
         self.max_failures = task.config.workers.max_failures
         self.channel = open_channel()
         self.results: dict[str, Any] | None = None
@@ -162,7 +184,8 @@ class _Fit:
         config = FailureConfig(max_failures=self.max_failures)
         job = {
             "task": ray.put(task),
-            "state": ray.put(state),
+            "state": stint.state,
+            "pause_after": stint.pause_after,
             "run": folder.location,
             "attempt": attempt,
             "channel": self.channel,
@@ -197,12 +220,15 @@ class _Fit:
                 thread.join(_POLL_S)
                 self._show()
                 self.answered_at = time.monotonic()
-                if self.signals and self._stop():
+                if (self.signals or self.wished_stop.is_set()) and self._stop():
                     self.trainer.end()
                     break
             self._show()
             self.answered_at = math.inf
-        return self._outcome()
+        try:
+            return self._outcome()
+        finally:
+            self.metrics.ended(finite=not isinstance(user_error(self.error), NotFiniteError))
 
     def _stop(self) -> bool:
         """Ask for a checkpoint and a stop; True once there was time enough for it, or a second signal."""
@@ -270,7 +296,9 @@ class _Fit:
         self.watcher.say(event["text"])
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        self.step, count = event["step"], event["workers"]
+        self.step, count, self.stopped = event["step"], event["workers"], None
+        self.watcher.begin(event)
+        self.metrics.started(self.step)
         workers = f"{count} worker{'s' * (count > 1)}"
         if self.step:
             self.watcher.say(f"Going on from step {self.step} with {workers}")
@@ -305,9 +333,9 @@ class _Fit:
     def _outcome(self) -> dict[str, Any]:
         if self.results is not None:
             return self.results
-        if self.signals:
+        if self.signals or self.wished_stop.is_set() or (self.stopped and self.error is None):
             error = InterruptedRunError(self.stopped or "Stopped; the same command goes on from the last checkpoint.")
-            error.signal = self.signals[0]
+            error.signal = self.signals[0] if self.signals else None
             raise error
         mendable = user_error(self.error)
         if isinstance(self.error, EmorayError):

@@ -12,7 +12,8 @@ import torch
 from emoray.errors import InterruptedRunError, StorageError
 from emoray.finish import finish
 from emoray.learner import as_tensors
-from emoray.on_ray.channel import Leaving, WorkerControl
+from emoray.on_ray.train_metrics import TrainMetrics
+from emoray.on_ray.worker_control import Leaving, WorkerControl
 from emoray.run import ATTEMPTS, Attempt
 from emoray.storage import Storage
 from emoray.training import train
@@ -27,19 +28,20 @@ def run_worker(job: dict[str, Any]) -> None:
 
     Args:
         job: `task` and `state` as references into the object store, `run` the run's location, `attempt` the
-            attempt's number, `channel` the actor's handle, `cpus` this worker's threads.
+            attempt's number, `channel` the actor's handle, `cpus` this worker's threads, `pause_after` the evaluation
+            to pause after, or None.
     """
     from ray.train import get_context
     from ray.train.torch import get_device
 
     context = get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    _set_up_torch(job["cpus"], world.device)
-    control = WorkerControl(job["channel"], asks=world.writes, leaving=Leaving())
+    set_up_torch(job["cpus"], world.device)
+    control = WorkerControl(job["channel"], asks=world.writes, leaving=Leaving(), metrics=TrainMetrics(job["run"]))
     try:
         attempt = _next_attempt(Attempt(Storage(job["run"]), job["attempt"]), world)
         task, state = ray.get([job["task"], job["state"]])
-        learner, progress = train(task, as_tensors(state), world, attempt, control)
+        learner, progress = train(task, as_tensors(state), world, attempt, control, job["pause_after"])
         results = finish(learner, progress, attempt)
     except InterruptedRunError as error:
         # No failure: Ray must not try again what a person stopped.
@@ -58,7 +60,7 @@ def run_worker(job: dict[str, Any]) -> None:
 
 def _next_attempt(attempt: Attempt, world: World) -> Attempt:
     """An attempt of these workers' own: workers before them may live on, cut off by a broken network."""
-    _must_see(attempt)
+    must_see(attempt, "set run.storage_path to a place that every node can write")
     number = world.agree(attempt.again().number if world.writes else 0)
     return Attempt(attempt.run, number)
 
@@ -68,7 +70,11 @@ def _broken_off(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
-def _set_up_torch(cpus: int, device: torch.device) -> None:
+def set_up_torch(cpus: int, device: torch.device) -> None:
+    """Threads, and kernels that give the same result each time; before a worker's first sum."""
+    # Adam's moments of words that are long unseen fade into denormal numbers, each of which takes a hundred times as
+    # long. Set before the first parallel loop, since its threads take the setting over from this one.
+    torch.set_flush_denormal(True)
     torch.set_num_threads(cpus)
     if device.type == "cuda":
         # Kernels with the same result each time; cuBLAS reads the variable at its first use.
@@ -77,11 +83,8 @@ def _set_up_torch(cpus: int, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _must_see(attempt: Attempt) -> None:
+def must_see(attempt: Attempt, remedy: str) -> None:
     """Raises StorageError where this node doesn't see what the driver wrote, or can't write beside it."""
     if not attempt.run.exists(f"{ATTEMPTS}/{attempt.number:06d}.json"):
-        raise StorageError(
-            f"can't see the run's folder {attempt.run.location}: "
-            "set run.storage_path to a place that every node can write, e.g. NFS or s3://"
-        )
+        raise StorageError(f"can't see the folder {attempt.run.location}: {remedy}, e.g. NFS or s3://")
     attempt.run.must_be_writable()

@@ -8,17 +8,18 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import requests
 import uvicorn
 
-from emoray.classifier import Prediction
 from emoray.http.app import make_app
 from emoray.http.keys import Keys
 from emoray.http.local import LocalService
-from emoray.metrics import softmax
+from emoray.metrics import Calibration, softmax
+from emoray.prediction import Prediction
 from emoray.serve_config import ServeConfig
 from emoray.tokens import Tokens
 
@@ -30,28 +31,39 @@ class Dummy:
     """A token a word; scores from the text's checksum. `boom` fails, `nap` takes 0.2 s."""
 
     labels = LABELS
+    calibration = Calibration()
     max_length = MAX_LENGTH
+    engine: Any = SimpleNamespace(name="torch", figures={})
 
-    def __init__(self, name: str = "emotion", shift: float = 0.0) -> None:
+    def __init__(self, name: str = "emotion", shift: float = 0.0, fingerprint: str = "0123456789ab") -> None:
         self.facts: dict[str, Any] = {"config": {"run": {"name": name}}, "versions": {"torch": "2"}}
-        self.shift = shift
+        self.shift, self.fingerprint = shift, fingerprint
+        self.known: list[str] = []
         self.computed: list[str] = []
 
     def encode(self, texts: Sequence[str]) -> Tokens:
+        """The first id of a text is its place among all that were ever encoded."""
+        start = len(self.known)
+        self.known += texts
         words = np.array([len(text.split()) + 2 for text in texts], np.int64)
         lengths = np.minimum(words, MAX_LENGTH)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return Tokens(np.zeros(offsets[-1], np.int32), offsets, words > MAX_LENGTH)
+        ids = np.zeros(offsets[-1], np.int32)
+        ids[offsets[:-1]] = np.arange(start, start + len(texts))
+        return Tokens(ids, offsets, words > MAX_LENGTH)
 
-    def logits(self, texts: Sequence[str]) -> tuple[Any, Tokens]:
+    def seen(self, texts: Sequence[str]) -> list[int]:
+        return [len(" ".join(text.split()[: MAX_LENGTH - 2])) for text in texts]
+
+    def forward(self, tokens: Tokens) -> Any:
+        texts = [self.known[tokens[i][0]] for i in range(len(tokens))]
         if any("boom" in text.split() for text in texts):
             raise RuntimeError("boom: a secret of the model's innards")
         if any("nap" in text.split() for text in texts):
             time.sleep(0.2)
         self.computed += texts
         sums = np.array([zlib.crc32(text.encode()) for text in texts], np.int64)
-        logits = np.stack([sums % 7 - 3, sums % 11 - 5, sums % 5 - 2], 1).astype(np.float32) / 2 + self.shift
-        return logits, self.encode(texts)
+        return np.stack([sums % 7 - 3, sums % 11 - 5, sums % 5 - 2], 1).astype(np.float32) / 2 + self.shift
 
     def decode(self, logits: Any, tokens: Tokens) -> list[Prediction]:
         found = []
@@ -62,18 +74,19 @@ class Dummy:
         return found
 
     def __call__(self, texts: Sequence[str]) -> list[Prediction]:
-        return self.decode(*self.logits(texts))
+        tokens = self.encode(texts)
+        return self.decode(self.forward(tokens), tokens)
 
 
-def load_dummy(location: str) -> tuple[Dummy, str]:
-    return Dummy(), "0123456789ab"
+def load_dummy(location: str) -> Dummy:
+    return Dummy()
 
 
 class Server:
     """A running endpoint: `server.post("/v1/classify", {...})`."""
 
-    def __init__(self, url: str, service: LocalService) -> None:
-        self.url, self.service = url, service
+    def __init__(self, url: str) -> None:
+        self.url = url
         self.session = requests.Session()
 
     def post(self, path: str, content: object = None, **options: Any) -> requests.Response:
@@ -115,7 +128,7 @@ def serving(
         assert time.monotonic() < until
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    running = Server(f"http://127.0.0.1:{port}", service)
+    running = Server(f"http://127.0.0.1:{port}")
     try:
         if wait:
             running.wait_until_ready()

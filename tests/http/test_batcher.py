@@ -131,7 +131,8 @@ def test_dropped_and_expired_requests_are_not_computed(plan: list[tuple[int, str
     assert sorted(payload[0] for payload in engine.seen if payload[0] != "blocker") == kept
     for n, (_, fate) in enumerate(plan):
         if fate == "expires":
-            assert isinstance(answers[n], RequestError) and answers[n].status == 504
+            # 429 where a busy machine has let it come too late to be begun at all
+            assert isinstance(answers[n], RequestError) and answers[n].status in (429, 504)
 
 
 def test_a_lone_text_goes_at_once() -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from serving import LABELS, MAX_LENGTH, Dummy, Server
 
+from emoray.attribution import log_odds
+
 TEXTS = ["i feel wonderful", "leave me alone", "what was that noise"]
 EXPECTED = Dummy()(TEXTS)
 LONG = "word " * (MAX_LENGTH + 5)
@@ -17,6 +19,11 @@ LONG = "word " * (MAX_LENGTH + 5)
 
 def pairs(place: int) -> list[dict[str, Any]]:
     return [{"label": label, "score": score} for label, score in EXPECTED[place].scores.items()]
+
+
+def logits_of(texts: list[str]) -> Any:
+    dummy = Dummy()
+    return dummy.forward(dummy.encode(texts))
 
 
 # Our own
@@ -35,6 +42,29 @@ def test_own_dialect_says_all_there_is(endpoint: Server) -> None:
         }
         assert list(got["scores"]) == list(want.scores)
         assert sum(got["scores"].values()) == pytest.approx(1)
+
+
+def test_words_that_pulled(endpoint: Server) -> None:
+    """The same figures that the model gives when it is asked for each text without each word."""
+    texts = ["so glad 😀 now", "alone", LONG]
+    answer = endpoint.post("/v1/classify", {"texts": texts, "explain": True}).json()["predictions"]
+    dummy = Dummy()
+    for text, got in zip(texts, answer, strict=True):
+        tokens = dummy.encode([text])
+        label = int(dummy.forward(tokens).argmax())
+        whole = log_odds(dummy.forward(tokens), np.array([label]), dummy.calibration)[0]
+        assert [text[word["start"] : word["end"]] for word in got["words"]] == [word["word"] for word in got["words"]]
+        assert len(got["words"]) == min(len(text.split()), MAX_LENGTH - 2)
+        for word in got["words"]:
+            left = dummy.forward(dummy.encode([text[: word["start"]] + text[word["end"] :]]))
+            assert word["effect"] == pytest.approx(whole - log_odds(left, np.array([label]), dummy.calibration)[0])
+    assert "words" not in endpoint.post("/v1/classify", {"texts": texts}).json()["predictions"][0]
+
+
+def test_too_many_words_to_explain(endpoint: Server) -> None:
+    answer = endpoint.post("/v1/classify", {"texts": ["a b c d e f g h i j k"] * 5, "explain": True})
+    assert answer.status_code == 413
+    assert answer.json()["error"] == "explaining costs a text more for each word: 55 words, and 50 is the limit"
 
 
 def test_top_k_keeps_the_likeliest(endpoint: Server) -> None:
@@ -73,7 +103,7 @@ def test_hugging_face_nests_even_one_text(endpoint: Server) -> None:
 
 
 def test_other_functions_are_of_the_logits(endpoint: Server) -> None:
-    logits = Dummy().logits(TEXTS[:1])[0][0]
+    logits = logits_of(TEXTS[:1])[0]
     for function, values in (("none", logits), ("sigmoid", 1 / (1 + np.exp(-logits.astype(float))))):
         body = {"inputs": TEXTS[0], "parameters": {"function_to_apply": function}}
         got = endpoint.post("/", body).json()[0]
@@ -95,7 +125,7 @@ def test_tei_is_flat_for_one_and_nested_for_a_batch(endpoint: Server) -> None:
 def test_tei_raw_scores_are_logits(endpoint: Server) -> None:
     got = endpoint.post("/predict", {"inputs": TEXTS[0], "raw_scores": True}).json()
     assert {item["label"]: item["score"] for item in got} == pytest.approx(
-        dict(zip(LABELS, Dummy().logits(TEXTS[:1])[0][0], strict=True))
+        dict(zip(LABELS, logits_of(TEXTS[:1])[0], strict=True))
     )
 
 
@@ -125,9 +155,7 @@ def test_infinity(endpoint: Server) -> None:
 @pytest.mark.parametrize("model", [None, "", "emotion", "emotion@0123456789ab", "default/not-specified"])
 def test_infinity_takes_one_text_and_any_of_its_names(endpoint: Server, model: str | None) -> None:
     body = {"input": TEXTS[0], "raw_scores": True, "user": "me"} | ({} if model is None else {"model": model})
-    assert endpoint.post("/classify", body).json()["data"][0][0]["score"] == pytest.approx(
-        Dummy().logits(TEXTS[:1])[0].max()
-    )
+    assert endpoint.post("/classify", body).json()["data"][0][0]["score"] == pytest.approx(logits_of(TEXTS[:1]).max())
 
 
 def test_infinity_has_no_other_model(endpoint: Server) -> None:

@@ -37,6 +37,15 @@ def test_the_page_classifies_lines(endpoint: Server, tmp_path: Path) -> None:
     assert "leave &lt;b&gt;me&lt;/b&gt; alone" in page and "emotion@0123456789ab" in page
 
 
+def test_the_page_shows_the_words_that_mattered(endpoint: Server, tmp_path: Path) -> None:
+    text = "so glad 😀 it works"
+    page = shown(f"{endpoint.url}/#text={quote(text)}&why=1", tmp_path)
+    marked = re.search(r'<p class="marked".*?</p>', page)
+    assert marked and re.sub(r"<[^>]+>", "", marked[0]) == text
+    assert re.findall(r"<mark[^>]*>([^<]+)</mark>", marked[0]) == text.split()
+    assert "because of" in page
+
+
 def test_the_page_asks_for_a_key(tmp_path: Path) -> None:
     with serving(keys=Keys((Key("a", hashlib.sha256(b"key").digest()),))) as server:
         page = shown(f"{server.url}/#text=hello", tmp_path)

@@ -27,9 +27,24 @@ def test_it_listens_on_this_machine_alone_unless_told_otherwise() -> None:
 
 
 def test_all_problems_at_once() -> None:
-    overrides = ["replicas.min=9", "limits.max_text=3", "http.port=70000", "engine=tensorflow", "limits.timeout_s=0"]
+    overrides = [
+        "http.proxy_ports=[1, 2]",
+        "http.replica_ports=[9, 3]",
+        "replicas.min=9",
+        "limits.max_text=3",
+        "http.port=70000",
+        "engine=tensorflow",
+        "limits.timeout_s=0",
+    ]
     with pytest.raises(ConfigError) as error:
         load(None, overrides)
     text = str(error.value)
-    for word in ("replicas", "did you mean 'max_texts'?", "http.port", "engine", "limits.timeout_s"):
+    for word in (
+        "replicas",
+        "did you mean 'max_texts'?",
+        "http.port",
+        "http.proxy_ports",
+        "engine",
+        "limits.timeout_s",
+    ):
         assert word in text, text

@@ -8,7 +8,6 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from emoray import Classifier
 from emoray.errors import CheckpointError
 from emoray.http.app import make_app
 from emoray.http.keys import Key, Keys
-from emoray.http.local import LocalService, load_model
+from emoray.http.local import LocalService
 from emoray.serve_config import ServeConfig
 
 ADMIN = "the-key-of-an-admin"
@@ -32,7 +31,7 @@ HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 def test_the_same_text_gets_the_same_answer(trained_run: Path) -> None:
     """A real model: endpoint against classifier, single and batched, over every dialect's way."""
     texts = [*sentences("glad")[:12], *sentences("sad")[40:52], "x", "word " * 200]
-    with serving(load=load_model, model=str(trained_run)) as server:
+    with serving(load=None, model=str(trained_run), engine="torch") as server:
         together = server.post("/v1/classify", {"texts": texts}).json()
         alone = [server.post("/v1/classify", {"texts": [text]}).json()["predictions"][0] for text in texts]
     for want, batched, single in zip(Classifier.load(trained_run)(texts), together["predictions"], alone, strict=True):
@@ -48,7 +47,7 @@ def test_the_same_text_gets_the_same_answer(trained_run: Path) -> None:
 def test_it_is_alive_but_not_ready_while_it_loads() -> None:
     may_load = threading.Event()
 
-    def load(location: str) -> tuple[Dummy, str]:
+    def load(location: str) -> Dummy:
         may_load.wait(10)
         return load_dummy(location)
 
@@ -66,7 +65,7 @@ def test_it_is_alive_but_not_ready_while_it_loads() -> None:
 
 
 def test_a_model_that_can_not_be_loaded_is_told_in_info() -> None:
-    def load(location: str) -> tuple[Dummy, str]:
+    def load(location: str) -> Dummy:
         raise CheckpointError(f"{location}: no such folder")
 
     with serving(load=load, wait=False) as server:
@@ -77,14 +76,14 @@ def test_a_model_that_can_not_be_loaded_is_told_in_info() -> None:
         assert server.get("/ready").status_code == server.post("/v1/classify", {"texts": ["a"]}).status_code == 503
 
 
-def load_any(location: str) -> tuple[Dummy, str]:
+def load_any(location: str) -> Dummy:
     if location == "broken":
         raise CheckpointError("broken: its sha256 differs\nsecond line")
     if location == "nan":
         model = Dummy()
         model.shift = float("nan")
-        return model, "0" * 12
-    return Dummy(shift=float(len(location))), f"{len(location):012d}"
+        return model
+    return Dummy(shift=float(len(location)), fingerprint=f"{len(location):012d}")
 
 
 def wait_for_swap(server: Any, state: str) -> dict[str, Any]:
@@ -176,10 +175,17 @@ def test_metrics_are_told() -> None:
             told.append(("prediction", label))
             assert label in LABELS and 0 < score <= 1
 
+        def model(self, model: str) -> None:
+            told.append(("model", model))
+
+        def swap(self, outcome: str) -> None:
+            told.append(("swap", outcome))
+
     with serving(metrics=Notes()) as server:
         server.post("/v1/classify", {"texts": ["a", "b"]})
     assert ("request", "/v1/classify", 200) in told and ("batch", 2, 6) in told
     assert sum(item[0] == "prediction" for item in told) == 2
+    assert ("model", "emotion@0123456789ab") in told
 
 
 def call(app: Any, body: bytes, gone_after: float | None = None) -> list[dict[str, Any]]:
@@ -216,7 +222,7 @@ class Stub:
         self.work = work
         self.cancelled = False
 
-    async def classify(self, texts: Sequence[str], deadline: float, truncate: bool = True) -> Any:
+    async def classify(self, *_: Any, **__: Any) -> Any:
         try:
             return await self.work()
         except asyncio.CancelledError:

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for benchmarks/, wherever pytest is started
 
-from benchmarks.disturb import Bench, Left, SmallCluster, left_by
+from benchmarks.disturb import SHORT, Bench, Left, SmallCluster, left_by
 from emoray import config as cfg
 from emoray import model
 from emoray.finish import finish
@@ -20,8 +20,6 @@ from emoray.run import Attempt, open_run
 from emoray.task import prepare
 from emoray.training import Alone, train
 from emoray.world import World
-
-STEPS = "training.max_steps=120"
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +38,7 @@ def cluster(bench: Bench) -> Iterator[SmallCluster]:
 @pytest.fixture(scope="session")
 def undisturbed(bench: Bench) -> Left:
     """What a run on one worker leaves that nothing happened to, not even Ray."""
-    config = cfg.load(config_path(), bench.overrides("undisturbed", STEPS))
+    config = cfg.load(config_path(), bench.overrides("undisturbed", SHORT))
     task, run = prepare(config), open_run(config)
     state = model.load(config.model, task.labels, config.training.seed).state_dict()
     attempt = Attempt.begin(run, task.identity)

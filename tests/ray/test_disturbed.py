@@ -9,9 +9,8 @@ import random
 from contextlib import ExitStack
 
 import pytest
-from conftest import STEPS
 
-from benchmarks.disturb import Bench, Left, SmallCluster, left_by, steps_in, wait_for_end, workers_below
+from benchmarks.disturb import SHORT, Bench, Left, SmallCluster, left_by, steps_in, wait_for_end, workers_below
 
 pytestmark = pytest.mark.ray
 
@@ -20,7 +19,7 @@ TWO = ("workers.num_workers=2", "training.train_batch_size=16")
 
 def test_worker_and_driver_are_killed(bench: Bench, undisturbed: Left) -> None:
     """SIGKILL to the worker, SIGKILL to the driver, SIGTERM to the driver, each followed by the same command."""
-    first = bench.train("killed", STEPS)
+    first = bench.train("killed", SHORT)
     first.wait_for_step(random.randint(1, 15))
     (worker,) = workers_below(first.process.pid)
     worker.kill()
@@ -33,20 +32,20 @@ def test_worker_and_driver_are_killed(bench: Bench, undisturbed: Left) -> None:
     first.wait_for_step(first.restarts[0] + random.randint(1, 15), restarts=1)
     first.kill()
 
-    second = bench.train("killed", STEPS)
+    second = bench.train("killed", SHORT)
     second.wait_until(lambda: second.restarts, "a restart")
     second.wait_for_step(second.restarts[0] + random.randint(1, 7), restarts=1)
     second.terminate()
     assert second.status() == 143, second.output
 
-    third = bench.train("killed", STEPS)
+    third = bench.train("killed", SHORT)
     assert third.status() == 0, third.output
     assert f"Stopped after step {third.restarts[0]} of 120" in second.output  # what SIGTERM saved is not done again
     assert left_by(third.run) == undisturbed
 
 
 def test_finished_run_given_again(bench: Bench, undisturbed: Left) -> None:
-    command = bench.train("undisturbed", STEPS)
+    command = bench.train("undisturbed", SHORT)
     assert command.status() == 0
     assert "is finished" in command.output
     assert "Connecting to Ray" not in command.output
@@ -54,37 +53,33 @@ def test_finished_run_given_again(bench: Bench, undisturbed: Left) -> None:
 
 
 def test_two_workers_and_their_nodes(bench: Bench, cluster: SmallCluster) -> None:
-    """A worker is killed, which costs an attempt; nodes are taken away without and with notice, which costs none."""
+    """Nodes are taken away without and with notice, which costs no attempt."""
     with ExitStack() as stack:
         nodes = [stack.enter_context(cluster.node()) for _ in range(2)]
-        whole = bench.train("two-undisturbed", STEPS, *TWO, address=cluster.address)
+        whole = bench.train("two-undisturbed", SHORT, *TWO, address=cluster.address)
         assert whole.status() == 0, whole.output
 
-        command = bench.train("two", STEPS, *TWO, "workers.max_failures=1", address=cluster.address)
+        command = bench.train("two", SHORT, *TWO, "workers.max_failures=0", address=cluster.address)
         command.wait_for_step(random.randint(1, 20))
-        random.choice(cluster.workers()).kill()
-        command.wait_until(lambda: "attempt 2 of 2 follows" in command.output, "the message")
-
-        command.wait_until(lambda: command.restarts, "a restart")
-        nodes.append(stack.enter_context(cluster.node()))
-        command.wait_for_step(command.restarts[0] + random.randint(1, 10), restarts=1)
         cluster.remove(nodes[0])
-        command.wait_until(lambda: len(command.restarts) == 2, "a restart on other nodes")
+        nodes.append(stack.enter_context(cluster.node()))
+        command.wait_until(lambda: len(command.restarts) == 1, "a restart on other nodes")
         assert command.output.count("no attempt is spent") == 1
 
         nodes.append(stack.enter_context(cluster.node()))
-        command.wait_for_step(command.restarts[1] + random.randint(1, 10), restarts=2)
+        command.wait_for_step(command.restarts[0] + random.randint(1, 10), restarts=1)
         cluster.announce(nodes[1], 4.0)
         command.wait_until(lambda: "will be taken away" in command.output, "the notice")
         workers = cluster.workers(nodes[1])
         cluster.remove(nodes[1])
         wait_for_end(workers)
         assert command.status() == 0, command.output
-        assert len(command.restarts) == 3
+        assert len(command.restarts) == 2
         assert command.output.count("no attempt is spent") == 2
         assert left_by(command.run) == left_by(whole.run)
 
 
+@pytest.mark.slow  # tests/training/test_resume.py has two attempts at once without Ray
 def test_the_newer_of_two_drivers_has_the_run(bench: Bench, cluster: SmallCluster) -> None:
     """The older one stops, with a message and a status that say so, and so gives up the room that the newer needs."""
     endless = "training.max_steps=100000"
@@ -105,7 +100,7 @@ def test_the_newer_of_two_drivers_has_the_run(bench: Bench, cluster: SmallCluste
 
 def test_more_workers_than_there_is_room_for(bench: Bench, cluster: SmallCluster) -> None:
     with cluster.node(cpus=2):
-        command = bench.train("too-many", STEPS, "workers.num_workers=3", address=cluster.address)
+        command = bench.train("too-many", SHORT, "workers.num_workers=3", address=cluster.address)
         assert command.status() == 1
         assert "workers.num_workers asks for 3 x (1 CPU, 0 GPU), but the cluster has room for 2" in command.output
         assert not command.run.exists()

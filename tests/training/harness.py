@@ -333,10 +333,10 @@ class _Spy:
             self.rows.append([])
             return step(learner, number)
 
-        def spied_loss(learner: Learner, rows: NDArray[np.int64]) -> Tensor:
+        def spied_loss(learner: Learner, number: int, rows: NDArray[np.int64]) -> Tensor:
             if len(learner.plan.share(len(self.rows) - 1, learner.world.rank, learner.world.size)):
                 self.rows[-1].extend(rows.tolist())  # else it is a stand-in whose loss counts nothing
-            return loss(learner, rows)
+            return loss(learner, number, rows)
 
         def spied_score(forward: Any, tokens: Any, rows: NDArray[np.int64], most: int) -> NDArray[np.float32]:
             self.scored.append(rows.tolist())

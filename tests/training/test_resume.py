@@ -188,7 +188,7 @@ def test_the_newest_and_the_best_are_kept(
 
 # What is called where things are half done: a step, an epoch's evaluation, and each stage of writing.
 STEP, UPDATE = "emoray.learner:Learner.step", "emoray.learner:Learner._update"
-TENSORS, SUMS, SYNC = "emoray.training:save_file", "emoray.checkpoint:_sha256", "emoray.storage:_sync"
+TENSORS, SUMS, SYNC = "emoray.progress:save_file", "emoray.checkpoint:_sha256", "emoray.storage:_sync"
 DELETE, HISTORY, RENAME = "emoray.storage:Storage.delete", "emoray.run:History.append", "os:replace"
 CARD, REPORT = "emoray.model_card:render", "emoray.report:render"
 
@@ -541,7 +541,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     let_go, seen = threading.Event(), []
     write = training.write_checkpoint
 
-    def slow(task: Any, progress: training.Progress, *rest: Any) -> None:
+    def slow(task: Any, progress: Any, *rest: Any) -> None:
         if progress.step == 4:
             seen.append(let_go.wait(60))
         write(task, progress, *rest)

@@ -77,10 +77,11 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
     return {name: float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items()}
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+# Padded attention draws its dropout inside torch's kernel, so only packed runs can have any and agree.
+@pytest.mark.parametrize("variant", [*((packing,) for packing in PACKINGS), (PACKINGS[0], "model.dropout=0.2")])
 @pytest.mark.parametrize("size", [2, 4])
-def test_same_weights(size: int, packing: str, run_on: Callable[..., Whole]) -> None:
-    one, many = run_on(1, packing), run_on(size, packing)
+def test_same_weights(size: int, variant: tuple[str, ...], run_on: Callable[..., Whole]) -> None:
+    one, many = run_on(1, *variant), run_on(size, *variant)
     found = differences(many.weights, one.weights)
     print(max((value, name) for name, value in found.items() if not name.endswith(MEANINGLESS)))
     assert max(value for name, value in found.items() if not name.endswith(MEANINGLESS)) < 1e-5

@@ -10,7 +10,7 @@ from emoray.http.schemas import HuggingFaceParameters, HuggingFaceRequest, Label
 
 async def infer(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(HuggingFaceRequest)
-    exchange.need_texts(len(request.inputs))
+    exchange.need_texts(request.inputs)
     scored = await exchange.within_time(endpoint.service.classify(request.inputs, exchange.deadline))
     exchange.facts["model"] = scored.model
     parameters = request.parameters or HuggingFaceParameters()

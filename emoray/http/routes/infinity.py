@@ -17,7 +17,7 @@ _ANY = (None, "", "default/not-specified")
 
 async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(InfinityRequest)
-    exchange.need_texts(len(request.input))
+    exchange.need_texts(request.input)
     _need_model(request.model, endpoint.service)
     scored = await exchange.within_time(endpoint.service.classify(request.input, exchange.deadline))
     exchange.facts["model"] = scored.model

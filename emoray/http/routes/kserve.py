@@ -37,7 +37,7 @@ async def infer(exchange: Exchange, endpoint: Endpoint) -> Reply:
     wanted = _wanted(request)
     _need_model(exchange, endpoint)
     texts = _texts(request, binary)
-    exchange.need_texts(len(texts))
+    exchange.need_texts(texts)
     scored = await exchange.within_time(endpoint.service.classify(texts, exchange.deadline))
     exchange.facts["model"] = scored.model
     return _answer(request, scored, wanted)

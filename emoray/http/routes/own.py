@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from emoray.http.exchange import Exchange, Reply, reply
 from emoray.http.route import Endpoint, Route
 from emoray.http.schemas import ClassifyRequest, ClassifyResponse, ModelRequest, SwapResponse
@@ -9,12 +12,12 @@ from emoray.http.schemas import ClassifyRequest, ClassifyResponse, ModelRequest,
 
 async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(ClassifyRequest)
-    exchange.need_texts(len(request.texts))
+    exchange.need_texts(request.texts)
     scored = await exchange.within_time(
-        endpoint.service.classify(request.texts, exchange.deadline, truncate=request.truncate)
+        endpoint.service.classify(request.texts, exchange.deadline, truncate=request.truncate, explain=request.explain)
     )
     exchange.facts["model"] = scored.model
-    predictions = [
+    predictions: list[dict[str, Any]] = [
         {
             "label": prediction.label,
             "score": prediction.score,
@@ -24,6 +27,9 @@ async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
         }
         for prediction in scored.predictions
     ]
+    if request.explain:
+        for body, explanation in zip(predictions, scored.explanations, strict=True):
+            body["words"] = [asdict(word) for word in explanation.words]
     return reply({"model": scored.model, "predictions": predictions})
 
 
@@ -43,7 +49,8 @@ ROUTES = (
         ClassifyResponse,
         ClassifyRequest,
         {"texts": ["i feel wonderful today", "leave me alone"], "top_k": 2},
-        about="Each label's probability, whether a text was cut, and which model answered.",
+        about="Each label's probability, whether a text was cut, and which model answered; with `explain`, which words "
+        "pulled each prediction.",
     ),
     Route(
         "PUT",

@@ -11,7 +11,7 @@ from emoray.http.schemas import LabelScore, TeiRequest
 async def predict(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(TeiRequest)
     texts = request.inputs.texts
-    exchange.need_texts(len(texts))
+    exchange.need_texts(texts)
     scored = await exchange.within_time(
         endpoint.service.classify(texts, exchange.deadline, truncate=request.truncate is not False)
     )

@@ -1,0 +1,147 @@
+"""What stands before the replicas: HAProxy in Ray Serve's throughput mode, all of it on the address that is configured.
+
+Ray Serve 2.60 offers HAProxy, but its statistics listen on all interfaces, its own errors are plain text with status
+500, and it gives up requests whose replica died. `RAY_SERVE_HAPROXY_BINARY_PATH` names the program that it starts: the
+script that `prepare` writes mends the configuration, which Ray writes anew at each change, and then becomes HAProxy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import socket
+from pathlib import Path
+
+from emoray.http.errors import KINDS, RequestError, unavailable
+from emoray.serve_config import HttpConfig
+
+RETRIES = 12
+"""How often a request is tried again; a replica that has just died is marked down after the third failure."""
+BUFFER = 256 << 10
+"""Bytes of a request that can be sent again: a larger one is not kept."""
+_TEXTS = {
+    400: RequestError("malformed", "this is no HTTP request"),
+    408: RequestError("slow_body", "the request did not arrive in time"),
+    500: RequestError("internal", "a fault of the proxy: try again"),
+    502: unavailable("the replica that computed this ended before its answer: try again"),
+    503: unavailable("no replica can answer now: try again soon", 2),
+    504: RequestError("timeout", "no replica answered in time: try again later"),
+}
+"""HAProxy's own answers: status there -> the endpoint's error."""
+_REASONS = {400: "Bad Request", 408: "Request Timeout", 500: "Internal Server Error", 503: "Service Unavailable"}
+_REASONS[504] = "Gateway Timeout"
+
+
+def is_there() -> bool:
+    """Whether an HAProxy binary is installed: ray[serve] brings one for Linux."""
+    try:
+        _binary()
+    except OSError:
+        return False
+    return True
+
+
+def _binary() -> str:
+    from ray.serve._private.haproxy import get_haproxy_binary
+
+    return str(get_haproxy_binary())
+
+
+def environment(folder: Path, http: HttpConfig, cpus: int, timeout_s: float) -> dict[str, str]:
+    """What Ray Serve's controller must find in its environment, and hands on to proxies and replicas.
+
+    Args:
+        folder: for the script and the error pages.
+        cpus: of the machine.
+        timeout_s: for which a request may wait for its answer.
+    """
+    metrics, statistics, fallback = _free_ports(3) if http.proxy_ports == "auto" else http.proxy_ports
+    private = _private()
+    private.mkdir(mode=0o700, exist_ok=True)
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(private / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(private / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(private),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(private / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(private / "metrics.sock"),
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(prepare(folder, _binary(), (metrics, statistics))),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http.replica_ports[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http.replica_ports[1]),
+        # A line of log a request, parsed by a Python process: the endpoint counts its requests itself.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, cpus // 4))),
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(timeout_s)),
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER),
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
+    }
+
+
+def tidy(node: str) -> None:
+    """Remove what HAProxy left on this machine for a Ray that is ended.
+
+    Args:
+        node: id of its only node.
+    """
+    shutil.rmtree(_private() / node, ignore_errors=True)
+
+
+def _private() -> Path:
+    """Ray's own place, /tmp/haproxy-serve, is whoever came first's. A socket's path must be short."""
+    return Path("/tmp") / f"emoray-{os.getuid()}"
+
+
+def _free_ports(count: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+def prepare(folder: Path, binary: str, ports: tuple[int, ...]) -> Path:
+    """Write the script that stands for HAProxy, and its error pages.
+
+    Args:
+        ports: that must listen on this machine alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    edits = [rf"s/^( *bind) [*]?:{port}$/\1 127.0.0.1:{port}/" for port in ports]
+    edits += ["/^ *errorfile /d", "/^ *log /d", "/^ *option (httplog|log-health-checks)$/d"]
+    # What changes something is not sent again: the model's change.
+    edits.append(r"s/^frontend http_frontend$/&\n    http-request disable-l7-retry if METH_PUT/")
+    pages = []
+    for status, error in _TEXTS.items():
+        page = folder / f"{status}.http"
+        page.write_bytes(_page(error))
+        pages.append(f"    errorfile {status} {page}")
+    edits.append("s|^defaults$|defaults\\n" + "\\n".join(pages) + "|")
+    command = " ".join(["sed", "-i", "-E", *(f"-e {shlex.quote(edit)}" for edit in edits)])
+    script = folder / "haproxy"
+    # Where Ray is killed, HAProxy must not go on to hold the port and say that no replica answers.
+    last_words = 'if command -v setpriv > /dev/null; then set -- setpriv --pdeathsig KILL -- "$@"; fi'
+    script.write_text(
+        "#!/bin/sh\n# -db -f CONFIG ...: mends Ray Serve's configuration, then becomes HAProxy.\n"
+        f'{command} "$3"\nset -- {shlex.quote(binary)} "$@"\n{last_words}\nexec "$@"\n'
+    )
+    script.chmod(0o700)
+    return script
+
+
+def _page(error: RequestError) -> bytes:
+    """An error as HAProxy wants it: the whole answer."""
+    body, status = error.body(), KINDS[error.kind].status
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Error')}".encode(), b"content-type: application/json"]
+    lines += [name + b": " + value for name, value in error.all_headers()]
+    lines += [b"content-length: " + str(len(body)).encode(), b"cache-control: no-store", b"", body]
+    return b"\r\n".join(lines)

@@ -1,0 +1,179 @@
+"""The end of a sweep: the winner's config and model, and what was learnt, as JSON, CSV, a table and a report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from emoray import checkpoint, run, sweep_report
+from emoray.config import TrainConfig
+from emoray.errors import RunError
+from emoray.finish import BEST
+from emoray.run import Attempt
+from emoray.sweep import RESULTS, Sweep, Trial
+
+BEST_CONFIG = "best.yaml"
+_FIGURES = ("accuracy", "f1", "macro_f1", "validation_loss")
+
+
+def finish(sweep: Sweep, attempt: Attempt, say: Callable[[str], None]) -> dict[str, Any]:
+    """Write all that a sweep leaves, sweep.json last.
+
+    Returns:
+        The content of sweep.json.
+
+    Raises:
+        RunError: no trial came to its end.
+        FencedError: a newer attempt owns the sweep.
+    """
+    ranking = sweep.ranking()
+    if not ranking:
+        reasons = "\n".join(f"  - {trial.name}: {trial.reason or trial.state}" for trial in sweep.trials)
+        raise RunError(f"{attempt.run.location}: no trial came to its end, so there is no winner:\n{reasons}")
+    winner = ranking[0]
+    say(f"Trial {winner.name} wins: writing its model and config")
+    results = summary(sweep, run.results(attempt.run / winner.folder) or {})
+    attempt.write(BEST_CONFIG, best_config(sweep, winner).to_yaml())
+    _take_model(sweep, winner, attempt)
+    attempt.write("sweep.csv", as_csv(sweep))
+    attempt.write("sweep.md", table(sweep))
+    attempt.write("report.html", sweep_report.render(sweep, results))
+    attempt.write(RESULTS, json.dumps(results, indent=1))
+    return results
+
+
+def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
+    """best/ of the sweep is the winner's; a trial's own is needed no more."""
+    if attempt.run.exists(f"{winner.folder}/{BEST}"):  # not where an earlier command came to its last lines
+        source = checkpoint.fetch(attempt.run / winner.folder, BEST)
+
+        def fill(folder: Path) -> None:
+            for path in source.rglob("*"):
+                if path.is_file() and path.name != checkpoint.MANIFEST:
+                    (folder / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, folder / path.relative_to(source))
+
+        checkpoint.write(attempt.run, BEST, fill, attempt.check)
+    for trial in sweep.trials:
+        attempt.check()
+        attempt.run.delete(f"{trial.folder}/checkpoints")
+        attempt.run.delete(f"{trial.folder}/{BEST}")
+
+
+def best_config(sweep: Sweep, winner: Trial) -> TrainConfig:
+    """The winner's training config, complete: `emoray train best.yaml` gives its figures again, to the last digit.
+
+    The threads of a worker are part of it, since they decide the last bits.
+    """
+    config = sweep.plan.trial(winner.name, "runs", winner.values)
+    name = f"{sweep.plan.config.run.name}-best"[-100:]
+    storage = sweep.plan.config.run.storage_path
+    return config.model_copy(
+        update={"run": config.run.model_copy(update={"name": name, "storage_path": storage}), "data": config.data}
+    )
+
+
+def summary(sweep: Sweep, winner_results: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of sweep.json.
+
+    Args:
+        winner_results: results.json of the winner.
+    """
+    winner, tuned = sweep.ranking()[0], sweep.plan.config.tune
+    taken, whole = sweep.steps()
+    draws = sweep.draws(winner)
+    return {
+        "metric": tuned.metric,
+        "mode": "min" if sweep.plan.sign < 0 else "max",
+        "searcher": tuned.searcher,
+        "scheduler": tuned.scheduler,
+        "best": {
+            "trial": winner.name,
+            "values": winner.values,
+            "metric": sweep.plan.sign * sweep.score(winner),
+            "validation": winner_results.get("best"),
+            "test": winner_results.get("test"),
+            **({"mean": sweep.mean(winner), "spread": sweep.spread(winner), "draws": draws} if len(draws) > 1 else {}),
+        },
+        "steps": {"taken": taken, "without_stopping": whole},
+        "seconds": round(sum(trial.seconds for trial in sweep.trials), 1),
+        "importance": sweep_report.importance(sweep),
+        "trials": [trial.record() for trial in sweep.trials],
+    }
+
+
+def best_evaluation(sweep: Sweep, trial: Trial) -> dict[str, Any] | None:
+    """The evaluation that a trial is judged by, the earliest of equals."""
+    column, sign = sweep.plan.column, sweep.plan.sign
+    return max(trial.evaluations, key=lambda entry: sign * float(entry[column]), default=None)
+
+
+def as_csv(sweep: Sweep) -> str:
+    """A line a trial, for a spreadsheet."""
+    keys = [domain.key for domain in sweep.plan.domains]
+    extra = ["training.seed"] if any(trial.repeats is not None for trial in sweep.trials) else []
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["trial", "state", *keys, *extra, *_FIGURES, "epoch", "steps", "total_steps", "seconds", "reason"])
+    for trial in sweep.trials:
+        entry = best_evaluation(sweep, trial) or {}
+        writer.writerow(
+            [
+                trial.name,
+                trial.state,
+                *(trial.values.get(key) for key in keys),
+                *(trial.values.get(key, sweep.plan.base.training.seed) for key in extra),
+                *(entry.get(name) for name in (*_FIGURES, "epoch")),
+                trial.steps,
+                trial.total_steps,
+                round(trial.seconds, 1),
+                trial.reason,
+            ]
+        )
+    return out.getvalue()
+
+
+def table(sweep: Sweep) -> str:
+    """A Markdown table, the best trials first, and what the sweep took."""
+    keys = [domain.key for domain in sweep.plan.domains]
+    names = [key.rpartition(".")[-1] for key in keys]
+    lines = [
+        f"| Trial | {' | '.join(names)} | State | Epochs | Steps | Accuracy | F1 | Validation Loss |",
+        f"|---|{'---:|' * len(keys)}---|{'---:|' * 5}",
+    ]
+    order = {"finished": 0, "stopped": 1}
+    for trial in sorted(sweep.trials, key=lambda t: (order.get(t.state, 2), -sweep.score(t), t.name)):
+        entry = best_evaluation(sweep, trial)
+        figures = [f"{entry[name]:.4f}" if entry else "-" for name in ("accuracy", "f1", "validation_loss")]
+        epochs = f"{trial.evaluations[-1]['epoch']:g}" if trial.evaluations else "-"
+        values = [shown(trial.values.get(key)) for key in keys]
+        state = trial.state if trial.state != "failed" else f"failed: {trial.reason.splitlines()[0][:80]}"
+        cells = [trial.name, *values, state, epochs, f"{trial.steps} of {trial.total_steps}", *figures]
+        lines.append(f"| {' | '.join(cells)} |")
+    taken, whole = sweep.steps()
+    if whole:
+        lines += [
+            "",
+            f"Steps: {taken:,} of the {whole:,} that all trials to their end would have taken ({taken / whole:.0%}).",
+        ]
+    for trial in sweep.ranking() if sweep.plan.config.tune.repeats else []:
+        spread = sweep.spread(trial)
+        if spread is not None:
+            draws = sweep.draws(trial)
+            lines.append(
+                f"Trial {trial.name} with {len(draws)} seeds: {sweep.plan.config.tune.metric} {sweep.mean(trial):.4f} "
+                f"± {spread:.4f} ({', '.join(f'{draw:.4f}' for draw in draws)})."
+            )
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: Any) -> str:
+    """A value as a person writes it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return json.dumps(value) if value is None or isinstance(value, (bool, list, tuple)) else str(value)
