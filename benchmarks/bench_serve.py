@@ -30,6 +30,8 @@ from benchmarks.layers import layers
 from benchmarks.peers import PEERS, Peer, free_port, plain_copy
 from benchmarks.serving import environment, wait_until
 from benchmarks.step import RESULTS, processor
+from emoray import checkpoint
+from emoray.classifier import find_model
 
 SCENES = ((1, 1, 1), (16, 1, 1), (64, 1, 1), (1, 32, 1), (16, 32, 3), (64, 32, 8))
 """(connections, texts a request, multiple of a scene's seconds: a slow server has thousands of texts under way)"""
@@ -241,10 +243,14 @@ def _middle(values: Any) -> float:
     return statistics.median(values)
 
 
+def _folder(location: str) -> Path:
+    return checkpoint.fetch(find_model(location))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path, help="a model's folder")
-    parser.add_argument("--other", type=Path, help="another model's folder, for the time of a model change")
+    parser.add_argument("--model", required=True, type=_folder, help="a run or a model's folder")
+    parser.add_argument("--other", type=_folder, help="another one, for the time of a model change")
     parser.add_argument("--texts", required=True, type=Path, help="jsonl with a `text` in each row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each scene")

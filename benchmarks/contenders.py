@@ -2,6 +2,9 @@
 
 Prints one JSON line: seconds and real tokens of each measured step, and the process's peak memory. All contenders
 take the same texts, the same recipe (AdamW, clip 1.0, dropout as the encoder has it) and two threads.
+
+On a GPU the measured batches are run once before, and the device is waited for at the first and the last of them only,
+as a training run does: a step's own seconds then say when it was launched, and only their sum is its time.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from emoray.config import load
 from emoray.learner import Learner
 from emoray.task import Task, prepare
 from emoray.tokens import BatchPlan
-from emoray.world import World
+from emoray.world import World, set_up_torch
 
 WARM_UP = 2
 Measured = tuple[list[float], list[int]]
@@ -32,13 +35,20 @@ Measured = tuple[list[float], list[int]]
 def emoray(task: Task, batches: list[NDArray[np.int64]], steps: list[int], device: str) -> Measured:
     """This project's step."""
     state = model.load(task.config.model, task.labels, task.config.training.seed).state_dict()
+    set_up_torch(torch.get_num_threads(), torch.device(device))
     learner = Learner(task, state, World(device=device))
-    seconds = []
-    for step in steps:
-        start = time.perf_counter()
-        float(learner.step(step))  # reading the loss waits for the device
-        seconds.append(time.perf_counter() - start)
-    return seconds, _tokens(task, batches)
+    ends = [time.perf_counter()]
+    for done, step in enumerate(steps, 1):
+        learner.step(step)
+        _wait(device, done, len(steps))
+        ends.append(time.perf_counter())
+    return list(np.diff(ends)), _tokens(task, batches)
+
+
+def _wait(device: str, done: int, steps: int) -> None:
+    """Where the clock starts and where it stops, a GPU must have done what it was given."""
+    if device == "cuda" and done in (steps // 2, steps):
+        torch.cuda.synchronize()
 
 
 def matrix_products(task: Task, batches: list[NDArray[np.int64]], pruned: bool) -> Measured:
@@ -79,8 +89,7 @@ def trainer(
             ends.append(time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if device == "cuda":
-                torch.cuda.synchronize()
+            _wait(device, len(ends), len(batches))
             ends.append(time.perf_counter())
 
     class OnTheseBatches(Trainer):  # type: ignore[misc]
@@ -126,14 +135,18 @@ def run(name: str, overrides: list[str], count: int, device: str) -> dict[str, A
     choices += ["training.precision=bf16"] if bf16 else []
     task = prepare(load(None, [*overrides, *choices]))
     plan = BatchPlan(task.parts["train"].tokens.lengths, 42, 64, True, 16384)
+    warm_up = WARM_UP if device == "cpu" else count
     spread = np.linspace(0, plan.steps_per_epoch - 2, count + WARM_UP).astype(int)
     steps = [int(step) for step in spread]
-    batches = [plan.samples(step) for step in steps]
+    grouped = _grouped(task, count + WARM_UP) if name.endswith("group_by_length") else []
+    if device == "cuda":
+        steps, grouped = steps[WARM_UP:] * 2, grouped[WARM_UP:] * 2
+    batches = grouped or [plan.samples(step) for step in steps]
     contenders: dict[str, Callable[[], Measured]] = {
         "emoray": lambda: emoray(task, batches, steps, device),
         "emoray padded": lambda: emoray(task, batches, steps, device),
         "Trainer": lambda: trainer(task, batches, True, device, bf16),
-        "Trainer group_by_length": lambda: trainer(task, _grouped(task, count + WARM_UP), True, device, bf16),
+        "Trainer group_by_length": lambda: trainer(task, batches, True, device, bf16),
         "Trainer padded to 128": lambda: trainer(task, batches, "max_length", device),
         "matrix products": lambda: matrix_products(task, batches, pruned=False),
         "matrix products, pruned": lambda: matrix_products(task, batches, pruned=True),
@@ -142,7 +155,7 @@ def run(name: str, overrides: list[str], count: int, device: str) -> dict[str, A
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
-    return {"seconds": seconds[WARM_UP:], "tokens": tokens[WARM_UP:], "memory_mb": memory}
+    return {"seconds": seconds[warm_up:], "tokens": tokens[warm_up:], "memory_mb": memory}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from emoray.finish import finish
 from emoray.run import Attempt, open_run
 from emoray.task import prepare
 from emoray.training import Alone, train
-from emoray.world import World
+from emoray.world import World, set_up_torch
 
 CONTENDERS = ("emoray", "Trainer", "Trainer group_by_length")
 
@@ -71,6 +71,7 @@ def main() -> None:
         "training.checkpoint_every_minutes=null",
     ]
     threads = torch.get_num_threads()
+    set_up_torch(threads, torch.device(arguments.device))
     result = compare(CONTENDERS, overrides, arguments.steps, arguments.rounds, threads, arguments.device)
     content: dict[str, Any] = {"arguments": vars(arguments), "steps": result}
     print(table(result))

@@ -27,8 +27,7 @@ import torch
 from benchmarks.disturb import Command
 from benchmarks.step import save
 from emoray.classifier import Classifier
-from emoray.on_ray.worker import set_up_torch
-from emoray.world import WORKER_ENVIRONMENT
+from emoray.world import WORKER_ENVIRONMENT, set_up_torch
 
 
 def make_input(data: Path, count: int, path: Path) -> list[str]:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def save(name: str, content: dict[str, Any]) -> Path:
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "device": processor(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "ray", "numpy")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "ray", "numpy") if find_spec(name)},
         "threads": os.cpu_count(),
     }
     RESULTS.mkdir(exist_ok=True)

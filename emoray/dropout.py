@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _WORDS = 1 << 16
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -27,17 +28,14 @@ _CACHED = 1 << 15
 class DropoutSource:
     """Scaled dropout masks of one micro-batch after the other, each begun with :meth:`begin`.
 
-    On CPU masks belong to texts. On other devices, where a kernel per text would cost more than the step, and in
-    torch's own attention kernels, they belong to the micro-batch, named by its texts: as repeatable, but other
-    numbers of workers draw other ones.
+    On CPU masks belong to texts. On a GPU torch's own kernels draw them, from a generator that each micro-batch seeds
+    by its texts: as repeatable on GPUs of one kind, but other numbers of workers draw other ones.
     """
 
     def __init__(self) -> None:
         self._tokens: NDArray[np.uint64] | None = None
         self._first: NDArray[np.int64] = np.empty(0, np.int64)
         self._layer = 0
-        self._seed = 0
-        self._generators: dict[torch.device, torch.Generator] = {}
 
     def begin(
         self,
@@ -64,27 +62,20 @@ class DropoutSource:
         (key,) = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
         keys = _mix(_mix(key + texts.astype(np.uint64) * _GOLDEN) + places.astype(np.uint64))
         self._tokens, self._first, self._layer = keys, first, 0
-        self._seed = int(keys[0] >> np.uint64(1))
-        self._generators.clear()
-        torch.manual_seed(self._seed)
+        torch.manual_seed(int(keys[0] >> np.uint64(1)))  # for a GPU's kernels
 
-    def scaled_mask(
-        self, shape: torch.Size | tuple[int, ...], p: float, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """The next layer's mask: 0 where an element is dropped, else 1 / (share kept).
+    def scaled_mask(self, shape: torch.Size | tuple[int, ...], p: float, dtype: torch.dtype) -> Tensor:
+        """The next layer's mask, on the CPU: 0 where an element is dropped, else 1 / (share kept).
 
         Args:
             shape: [..., elements], with one row a token or one a text.
             p: probability of a drop, 0 <= p < 1, rounded to a multiple of 2**-16; the scale belongs to the
                 rounded value, so the expectation is kept, up to what `dtype` resolves (bfloat16: 0.2%).
-            device: where the mask lies.
             dtype: a floating-point type.
 
         Raises:
             RuntimeError: :meth:`begin` was never called.
         """
-        if device.type != "cpu":
-            return _threshold(self._device_words(shape, device), p, torch.empty(shape, dtype=dtype, device=device))
         width = shape[-1] if shape else 1
         mask = torch.empty(shape, dtype=dtype)
         rows = mask.numel() // width if width else 0
@@ -128,13 +119,6 @@ class DropoutSource:
             _threshold(words, p, mask[place : place + rows * width].view(rows, width))
             row, place = row + rows, place + rows * width
         return mask
-
-    def _device_words(self, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
-        self._keys()
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        words = torch.empty(shape, dtype=torch.int16, device=device)
-        return words.random_(-_WORDS // 2, _WORDS // 2, generator=self._generators[device])
 
 
 def _threshold(words: Tensor, p: float, out: Tensor) -> Tensor:
@@ -192,7 +176,9 @@ class SeededDropout(nn.Module):
             return x
         if self.p >= 1:
             return x * 0
-        return x * self.source.scaled_mask(x.shape, self.p, x.device, x.dtype)
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        return x * self.source.scaled_mask(x.shape, self.p, x.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

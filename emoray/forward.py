@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emoray.packing import PackedBatch, enable_packing, is_packable, pack, packed_logits, send
+from emoray.cuda_graphs import FilledBatch
+from emoray.packing import PackedBatch, enable_packing, is_packable, pack, packed_logits, send, varlen_kernel_takes
 from emoray.tokens import Tokens, split_packed, split_padded
 
-EVALUATION_TOKENS = 4096
-"""Tokens of a batch where nothing is learned: past a few thousand, a larger one only takes more memory."""
+EVALUATION_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens of a batch where nothing is learned, by device: past that, a larger one only takes more memory."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class Forward(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether its passes have the same shapes each time where texts are filled up, as a CUDA graph needs them."""
+        config = self.model.config
+        head_size = config.hidden_size // config.num_attention_heads if self.packed else 0
+        return self.packed and self.bf16 and varlen_kernel_takes(torch.bfloat16, head_size, self.device)
+
     def batch(self, texts: Sequence[NDArray[np.integer[Any]]]) -> PackedBatch | PaddedBatch:
         """Token ids, one array a text, as tensors on the CPU."""
         return pack(texts) if self.packed else _pad(texts, self._pad_id())
@@ -74,13 +82,13 @@ class Forward(nn.Module):
         row = getattr(self.model.get_input_embeddings(), "padding_idx", None)
         return int(self.model.config.pad_token_id or 0) if row is None else int(row)
 
-    def forward(self, batch: PackedBatch | PaddedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch | FilledBatch | PaddedBatch) -> Tensor:
         """Logits, float32 [texts, labels], in the order of the texts."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            if isinstance(batch, PackedBatch):
-                logits = packed_logits(self.model, batch)
+            if isinstance(batch, PaddedBatch):
+                logits: Tensor = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             else:
-                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+                logits = packed_logits(self.model, batch)
         return logits.float()
 
 
@@ -103,12 +111,13 @@ def score(forward: Forward, tokens: Tokens, rows: NDArray[np.int64], most_texts:
     was_training = forward.training
     forward.eval()
     split = split_packed if forward.packed else split_padded
+    most_tokens = EVALUATION_TOKENS.get(forward.device.type, EVALUATION_TOKENS["cpu"])
     by_length = np.lexsort((rows, -tokens.lengths[rows]))
     logits = np.empty((len(rows), int(forward.model.config.num_labels or 0)), np.float32)
     for start in range(0, len(rows), most_texts):
         places = by_length[start : start + most_texts]
         done = 0
-        for part in split(rows[places], tokens.lengths, EVALUATION_TOKENS):
+        for part in split(rows[places], tokens.lengths, most_tokens):
             batch = forward.batch([tokens[row] for row in part]).to(forward.device)
             logits[places[done : done + len(part)]] = forward(batch).cpu().numpy()
             done += len(part)

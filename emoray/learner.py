@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from emoray.cuda_graphs import FilledBatch, GraphedPasses
 from emoray.dropout import seed_dropout
-from emoray.forward import Forward, score
+from emoray.forward import Forward, PaddedBatch, score
 from emoray.model import learning_rates, make_optimizer, rebuild
-from emoray.packing import is_packable, send
+from emoray.packing import PackedBatch, is_packable, send
 from emoray.stopwatch import Stopwatch
 from emoray.task import Task
 from emoray.tokens import BatchPlan
@@ -55,6 +56,9 @@ class Learner:
             model.base_model.embeddings.requires_grad_(False)
         self.dropout = seed_dropout(model)
         self.forward = Forward(model, packed=_packed(config.packing, model), bf16=_bf16(config.precision, world.device))
+        if world.device.type == "cuda" and self.forward.packed:
+            # Flash attention heeds only this strict form, which what is in other encoders may not know.
+            torch.use_deterministic_algorithms(True)
         self.model = model
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.optimizer = make_optimizer(model, config)
@@ -69,7 +73,13 @@ class Learner:
         self.learning_rate = learning_rates(config, self.total_steps)
         self._label_weights = _class_weights(task)  # read at each step, which must not wait for a GPU
         self._weights = None if self._label_weights is None else self._label_weights.to(world.device)
-        self._parallel = _parallel(self.forward, world, config.gradient_compression)
+        self._graphs = self._graphed() if self.forward.can_be_recorded else None
+        self._parallel = self.forward if self._graphs else _parallel(self.forward, world, config.gradient_compression)
+
+    def _graphed(self) -> GraphedPasses:
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        longest = int(self.tokens["train"].lengths.max())
+        return GraphedPasses(self._loss, learning, longest, self.world, self.task.config.training.gradient_compression)
 
     def _may_compact(self, model: nn.Module) -> bool:
         config = self.task.config
@@ -88,34 +98,55 @@ class Learner:
         Returns:
             This worker's part of the batch's mean loss, a scalar on the device; the parts add up over workers.
         """
-        samples = self.plan.samples(step)
-        whole = self._weight(samples)
+        whole = self._weight(self.plan.samples(step))
         pieces = self.plan.micro_batches(step, self.world.rank, self.world.size)
-        # Without a text of its own a worker must still take part in the sum of gradients, with zeros.
-        factor = float(self.world.size) if pieces else 0.0  # DDP averages, so it is undone here
-        pieces = pieces or [samples[:1]]
-        loss = torch.zeros((), device=self.world.device)
-        for place, rows in enumerate(pieces):
-            with nullcontext() if place == len(pieces) - 1 else self._unsynchronised():
-                part = self._loss(step, rows) / whole
-                self.clock.lap("forward")
-                (part * factor).backward()
-                self.clock.lap("backward")  # with several workers, sums of gradients too
-            loss += part.detach() * (factor / self.world.size)
+        loss = self._replayed(step, pieces, whole) if self._graphs else self._launched(step, pieces, whole)
         self._update(step)
         self.clock.lap("update")
         return loss
 
-    def _loss(self, step: int, rows: NDArray[np.int64]) -> Tensor:
-        """Sum of the rows' weighted cross-entropies, in nats."""
+    def _replayed(self, step: int, pieces: Sequence[NDArray[np.int64]], whole: float) -> Tensor:
+        """Gradients of the micro-batches, by CUDA graphs."""
+        assert self._graphs is not None
+        loss = torch.zeros((), device=self.world.device)
+        for rows in pieces:
+            batch, targets = self._batch(step, rows)
+            assert isinstance(batch, PackedBatch)
+            loss += self._graphs.run(batch, targets, whole)
+            self.clock.lap("backward")  # the forward pass too
+        self._graphs.sum_gradients()
+        self.clock.lap("backward")
+        return loss
+
+    def _launched(self, step: int, pieces: Sequence[NDArray[np.int64]], whole: float) -> Tensor:
+        """Gradients of the micro-batches, kernel by kernel."""
+        loss = torch.zeros((), device=self.world.device)
+        # Without a text of its own a worker must still take part in the sum of gradients, with zeros.
+        factor = float(self.world.size) if pieces else 0.0  # DDP averages, so it is undone here
+        pieces = pieces or [self.plan.samples(step)[:1]]
+        for place, rows in enumerate(pieces):
+            with nullcontext() if place == len(pieces) - 1 else self._unsynchronised():
+                batch, targets = self._batch(step, rows)
+                batch, device = batch.to(self.world.device), self.world.device
+                part = self._loss(batch, send(torch.from_numpy(targets), device)) / whole
+                self.clock.lap("forward")
+                (part * factor).backward()
+                self.clock.lap("backward")  # with several workers, sums of gradients too
+            loss += part.detach() * (factor / self.world.size)
+        return loss
+
+    def _batch(self, step: int, rows: NDArray[np.int64]) -> tuple[PackedBatch | PaddedBatch, NDArray[np.int64]]:
+        """A micro-batch and its targets, on the CPU; from here on dropout is that of its texts."""
         tokens = self.tokens["train"]
         batch = self.forward.batch([tokens[row] for row in rows])
         text, places, first = batch.places()
         seed = self.task.config.training.seed
         self.dropout.begin(seed=seed, step=step, texts=rows[text], places=places, first=first)
-        batch = batch.to(self.world.device)
         self.clock.lap("batch")
-        targets = send(torch.from_numpy(self.task.parts["train"].targets[rows]), self.world.device)
+        return batch, self.task.parts["train"].targets[rows]
+
+    def _loss(self, batch: PackedBatch | FilledBatch | PaddedBatch, targets: Tensor) -> Tensor:
+        """Sum of the texts' weighted cross-entropies, in nats."""
         smoothing = self.task.config.training.label_smoothing
         logits = self._parallel(batch)
         return F.cross_entropy(logits, targets, self._weights, reduction="sum", label_smoothing=smoothing)
@@ -138,7 +169,10 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._graphs:
+            self._graphs.clear_gradients()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def scores(self, split: str) -> NDArray[np.float32] | None:
         """Logits of a whole split, float32 [rows, labels], on worker 0; None on the others.

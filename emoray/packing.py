@@ -4,7 +4,7 @@ A batch is one row of ``T`` real tokens, its texts end to end and sorted by leng
 norms then compute nothing that is thrown away. Only attention has to know where texts begin:
 
 - on CPU, neighbours of similar length form a block, filled up to its longest text for attention's products only;
-- on GPU, a variable-length kernel runs on the row (half precision, no dropout), else one masked padded block.
+- on GPU, torch's variable-length flash kernel runs on the row (half precision), else one masked padded block.
 
 In the last layer only the first token of each text matters to a classifier, so only first tokens attend there and
 all other rows are dropped before the feed-forward part: exact, and it spares an eighth of a six-layer encoder's
@@ -35,11 +35,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from emoray.dropout import SeededDropout
-
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # torch before 2.10
-    varlen = None  # type: ignore[assignment]
 
 NAME = "emoray_packed"
 """The attention implementation that :func:`enable_packing` selects (not stored in saved configs)."""
@@ -121,6 +116,11 @@ class PackedBatch:
         """int32 [n_texts + 1]: where texts begin in the row's order, then ``T`` (the varlen kernel's form)."""
         sums = np.concatenate([[0], np.cumsum(self.lengths)])
         return send(torch.from_numpy(sums.astype(np.int32)), self.input_ids.device)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return self.lengths[-1]
 
     def layout(self, heads: int) -> _Layout:
         """How attention on CPU groups the texts; one for all layers."""
@@ -237,7 +237,8 @@ def packed_logits(model: nn.Module, batch: Any) -> Tensor:
 
     Args:
         model: a model after :func:`enable_packing`, or a wrapper (DistributedDataParallel) around one.
-        batch: a PackedBatch on the model's device (engines/graph.py has one of its own, with an attention for it).
+        batch: a PackedBatch on the model's device, or what has its tensors (of cuda_graphs.py; of engines/graph.py,
+            with an attention for it).
 
     Raises:
         RuntimeError: gradient checkpointing is on (its second forward would not see the batch).
@@ -294,12 +295,12 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # squeeze, not [0]: the gradient of an index is a row of zeros to fill, that of squeeze is a view.
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and isinstance(batch, PackedBatch):
         drop = cast(nn.Module, module.dropout) if dropout > 0 else None
         first = getattr(module, "only_first_tokens_attend", False)
         return _in_blocks(q, k, v, batch, scale, drop, first)[None], None
-    if dropout == 0 and q.is_cuda and _varlen_kernel_takes(q):
-        return _varlen(q, k, v, batch, scale)[None], None
+    if varlen_kernel_takes(q.dtype, q.shape[2], q.device):
+        return _varlen(q, k, v, batch, scale, dropout)[None], None
     return _one_padded_block(q, k, v, batch, scale, dropout)[None], None
 
 
@@ -395,28 +396,35 @@ def _to_row(rows: Tensor, layout: _Layout, first: bool, shape: torch.Size) -> Te
     return rows.index_select(0, layout.back).view(shape)
 
 
-def _varlen_kernel_takes(q: Tensor) -> bool:
-    """Flash attention runs in half precision, on Ampere and later; older torch has no public way to it."""
-    if varlen is None or q.dtype not in (torch.float16, torch.bfloat16):
+def varlen_kernel_takes(dtype: torch.dtype, head_size: int, device: torch.device) -> bool:
+    """Whether flash attention runs there: in half precision, on Ampere and later."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_size % 8 or head_size > 256:
         return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float) -> Tensor:
-    """[T, heads, size] in and out through torch's variable-length kernel."""
-    longest = batch.lengths[-1]
-    out = varlen.varlen_attn(q, k, v, batch.offsets, batch.offsets, longest, longest, scale=scale)
-    return cast(Tensor, out)
+def _varlen(q: Tensor, k: Tensor, v: Tensor, batch: Any, scale: float, dropout: float) -> Tensor:
+    """[T, heads, size] in and out through torch's variable-length kernel.
+
+    `torch.nn.attention.varlen.varlen_attn` is a wrapper of this operation that knows no dropout, which BERT has.
+    """
+    offsets, longest = batch.offsets, batch.longest
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, offsets, offsets, longest, longest, dropout, False, False, scale=scale
+    )
+    return cast(Tensor, out[0])
 
 
-def _one_padded_block(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float, dropout: float) -> Tensor:
+def _one_padded_block(q: Tensor, k: Tensor, v: Tensor, batch: Any, scale: float, dropout: float) -> Tensor:
     """[T, heads, size] in and out through one padded sdpa call: on a GPU fewer launches beat fewer products."""
-    starts = batch.offsets[:-1, None]
-    places = torch.arange(batch.lengths[-1], device=q.device)
-    real = starts + places < batch.offsets[1:, None]
-    rows = torch.where(real, starts + places, starts)
-    mask = real[:, None, None]
+    starts, ends = batch.offsets[:-1, None], batch.offsets[1:, None]
+    places = torch.arange(batch.longest, device=q.device)
+    real = starts + places < ends
+    rows = torch.where(real, starts + places, 0)
+    # A text without a token, as cuda_graphs.py lays some, must attend to something: softmax of nothing is NaN.
+    mask = (real | (places == 0))[:, None, None]
     q, k, v = (states[rows].transpose(1, 2) for states in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    text = torch.searchsorted(batch.offsets[1:], torch.arange(batch.n_tokens, device=q.device), right=True)
-    return out.transpose(1, 2)[text, batch.position_ids[0]]
+    tokens = torch.arange(batch.input_ids.shape[1], device=q.device)
+    text = torch.searchsorted(batch.offsets[1:], tokens, right=True)
+    return out.transpose(1, 2)[text, tokens - batch.offsets[text]]

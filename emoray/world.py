@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any, TypeVar
 
@@ -23,6 +24,19 @@ WORKER_ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 """Environment variables that a worker's process must be started with."""
+
+
+def set_up_torch(cpus: int, device: torch.device) -> None:
+    """Threads, and kernels that give the same result each time; before a worker's first sum."""
+    # Adam's moments of words that are long unseen fade into denormal numbers, each of which takes a hundred times as
+    # long. Set before the first parallel loop, since its threads take the setting over from this one.
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(cpus)
+    if device.type == "cuda":
+        # Kernels with the same result each time; cuBLAS reads the variable at its first use.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class World:

@@ -23,6 +23,7 @@ ROOMS = (
         "data_*",
         "tokens",
         "packing",
+        "cuda_graphs",
         "dropout",
         "metrics",
         "metric_modules",

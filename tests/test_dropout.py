@@ -9,8 +9,6 @@ from emoray.dropout import DropoutSource, SeededDropout, seed_dropout
 from emoray.forward import _pad
 from emoray.packing import pack
 
-CPU = torch.device("cpu")
-
 
 def begin(source: DropoutSource, *, seed=1, step=2, text=3, rows=64) -> None:
     """A micro-batch of one long text."""
@@ -20,7 +18,7 @@ def begin(source: DropoutSource, *, seed=1, step=2, text=3, rows=64) -> None:
 
 def draw(source: DropoutSource, shape=(64, 96), p=0.1, **key) -> torch.Tensor:
     begin(source, **key)
-    return source.scaled_mask(shape, p, CPU, torch.float32)
+    return source.scaled_mask(shape, p, torch.float32)
 
 
 def small_model() -> nn.Module:
@@ -53,7 +51,7 @@ def test_keys_do_not_run_into_each_other():
 def test_masks_of_two_layers_differ():
     source = DropoutSource()
     first = draw(source)
-    assert not torch.equal(first, source.scaled_mask((64, 96), 0.1, CPU, torch.float32))
+    assert not torch.equal(first, source.scaled_mask((64, 96), 0.1, torch.float32))
 
 
 def test_thread_count_changes_nothing():
@@ -79,7 +77,7 @@ def test_rate_and_expectation(p):
 def test_rows_columns_and_layers_are_uncorrelated():
     """Shares of drops a row and a column spread as a binomial does; neighbours agree as often as strangers."""
     begin(source := DropoutSource(), rows=2000)
-    masks = [(source.scaled_mask((2000, 1000), 0.5, CPU, torch.float32) != 0).double() - 0.5 for _ in range(2)]
+    masks = [(source.scaled_mask((2000, 1000), 0.5, torch.float32) != 0).double() - 0.5 for _ in range(2)]
     for dim, count in ((0, 2000), (1, 1000)):
         assert masks[0].mean(dim).std().item() == pytest.approx(0.5 / count**0.5, rel=0.15)
     pairs = ((masks[0], masks[1]), (masks[0][1:], masks[0][:-1]), (masks[0][:, 1:], masks[0][:, :-1]))
@@ -97,8 +95,8 @@ def test_a_text_has_its_mask_in_any_micro_batch():
         text, places, first = batch.places()
         source = DropoutSource()
         source.begin(seed=1, step=2, texts=keep[text], places=places, first=first)
-        hidden = source.scaled_mask((len(text), 7), 0.5, CPU, torch.float32)
-        pooled = source.scaled_mask((len(first), 6), 0.5, CPU, torch.float32)
+        hidden = source.scaled_mask((len(text), 7), 0.5, torch.float32)
+        pooled = source.scaled_mask((len(first), 6), 0.5, torch.float32)
         scores = source.scaled_scores(np.arange(2 * len(text)), 2, [(2 * len(text), 9)], 0.5, torch.float32)
         mine = np.flatnonzero((keep[text] == 4) & (places < 9))
         drawn.append((hidden[mine], pooled[keep == 4], scores.view(-1, 2, 9)[mine]))

@@ -16,7 +16,7 @@ from emoray.forward import Forward, score
 from emoray.model import quiet
 from emoray.tokens import Tokens
 
-TEXTS_A_BATCH = 256
+TEXTS_A_BATCH = {"cpu": 256, "cuda": 8192}
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -51,8 +51,9 @@ class TorchEngine:
         if threads is not None and device == "cpu":
             torch.set_num_threads(threads)
         bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        self._most_texts = TEXTS_A_BATCH["cuda" if device.startswith("cuda") else "cpu"]
         self.figures: dict[str, Any] = {}
         self._forward = Forward(load_model(folder).to(device), bf16=bf16).eval()  # type: ignore[arg-type]
 
     def forward(self, tokens: Tokens) -> NDArray[np.float32]:
-        return score(self._forward, tokens, np.arange(len(tokens)), TEXTS_A_BATCH)
+        return score(self._forward, tokens, np.arange(len(tokens)), self._most_texts)

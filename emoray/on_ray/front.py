@@ -3,6 +3,9 @@
 Ray Serve 2.60 offers HAProxy, but its statistics listen on all interfaces, its own errors are plain text with status
 500, and it gives up requests whose replica died. `RAY_SERVE_HAPROXY_BINARY_PATH` names the program that it starts: the
 script that `prepare` writes mends the configuration, which Ray writes anew at each change, and then becomes HAProxy.
+
+It also refuses what replicas can't take on. A refusal costs a replica as much as a tenth of an answer: at ten times the
+load it would do nothing else, its health checks would fail, and all would fall on Ray Serve's slower proxy.
 """
 
 from __future__ import annotations
@@ -14,24 +17,27 @@ import shutil
 import socket
 from pathlib import Path
 
-from emoray.http.errors import KINDS, RequestError, unavailable
+from emoray.http.errors import KINDS, RequestError, overloaded, unavailable
 from emoray.serve_config import HttpConfig
 
 RETRIES = 12
 """How often a request is tried again; a replica that has just died is marked down after the third failure."""
+UNDER_WAY = 160
+"""Requests at a replica at once, at the most: enough for full batches. More would only make all of them wait longer."""
 BUFFER = 256 << 10
 """Bytes of a request that can be sent again: a larger one is not kept."""
 _TEXTS = {
     400: RequestError("malformed", "this is no HTTP request"),
     408: RequestError("slow_body", "the request did not arrive in time"),
+    429: overloaded("the replicas are full: try again soon", 1),
     500: RequestError("internal", "a fault of the proxy: try again"),
     502: unavailable("the replica that computed this ended before its answer: try again"),
     503: unavailable("no replica can answer now: try again soon", 2),
     504: RequestError("timeout", "no replica answered in time: try again later"),
 }
 """HAProxy's own answers: status there -> the endpoint's error."""
-_REASONS = {400: "Bad Request", 408: "Request Timeout", 500: "Internal Server Error", 503: "Service Unavailable"}
-_REASONS[504] = "Gateway Timeout"
+_REASONS = {400: "Bad Request", 408: "Request Timeout", 429: "Too Many Requests", 500: "Internal Server Error"}
+_REASONS |= {503: "Service Unavailable", 504: "Gateway Timeout"}
 
 
 def is_there() -> bool:
@@ -49,13 +55,14 @@ def _binary() -> str:
     return str(get_haproxy_binary())
 
 
-def environment(folder: Path, http: HttpConfig, cpus: int, timeout_s: float) -> dict[str, str]:
+def environment(folder: Path, http: HttpConfig, cpus: int, timeout_s: float, most: int) -> dict[str, str]:
     """What Ray Serve's controller must find in its environment, and hands on to proxies and replicas.
 
     Args:
         folder: for the script and the error pages.
         cpus: of the machine.
         timeout_s: for which a request may wait for its answer.
+        most: requests that a replica takes on at once.
     """
     metrics, statistics, fallback = _free_ports(3) if http.proxy_ports == "auto" else http.proxy_ports
     private = _private()
@@ -68,7 +75,7 @@ def environment(folder: Path, http: HttpConfig, cpus: int, timeout_s: float) -> 
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(private / "metrics.sock"),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(prepare(folder, _binary(), (metrics, statistics))),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(prepare(folder, _binary(), (metrics, statistics), min(most, UNDER_WAY))),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
@@ -82,6 +89,8 @@ def environment(folder: Path, http: HttpConfig, cpus: int, timeout_s: float) -> 
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(timeout_s)),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER),
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        # A replica that is dead shows in its connections. One that is only slow must not be given up.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "6",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
     }
@@ -109,11 +118,12 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def prepare(folder: Path, binary: str, ports: tuple[int, ...]) -> Path:
+def prepare(folder: Path, binary: str, ports: tuple[int, ...], most: int) -> Path:
     """Write the script that stands for HAProxy, and its error pages.
 
     Args:
         ports: that must listen on this machine alone.
+        most: requests at a replica at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     edits = [rf"s/^( *bind) [*]?:{port}$/\1 127.0.0.1:{port}/" for port in ports]
@@ -125,6 +135,9 @@ def prepare(folder: Path, binary: str, ports: tuple[int, ...]) -> Path:
         page = folder / f"{status}.http"
         page.write_bytes(_page(error))
         pages.append(f"    errorfile {status} {page}")
+    edits.append(rf"s/^( *server .* check)( |$)/\1 maxconn {most}\2/")
+    full = "http-request return status 429 default-errorfiles if METH_POST { nbsrv ge 1 } { be_conn_free lt 1 }"
+    edits.append(f"s/^ *# Servers in this backend$/    {full}/")
     edits.append("s|^defaults$|defaults\\n" + "\\n".join(pages) + "|")
     command = " ".join(["sed", "-i", "-E", *(f"-e {shlex.quote(edit)}" for edit in edits)])
     script = folder / "haproxy"

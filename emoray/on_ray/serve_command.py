@@ -159,9 +159,8 @@ def _start_serve(config: ServeConfig, is_here: bool) -> str:
     }
     if config.http.proxy == "haproxy" or (config.http.proxy == "auto" and is_here and front.is_there()):
         folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "emoray-haproxy"
-        environment |= front.environment(
-            folder, config.http, os.cpu_count() or 1, limits.timeout_s + _WAIT_FOR_REPLICA_S
-        )
+        cpus, timeout_s = os.cpu_count() or 1, limits.timeout_s + _WAIT_FOR_REPLICA_S
+        environment |= front.environment(folder, config.http, cpus, timeout_s, limits.max_queued_requests)
     serve.start(
         http_options={
             "host": config.http.host,

@@ -6,8 +6,9 @@ emoray_train_step, _total_steps, _epoch{run}      how far it is
 emoray_train_loss, _learning_rate{run}            of that step
 emoray_train_tokens_per_s{run}                    real tokens, over all workers
 emoray_train_part_seconds_total{run, part}        worker 0's time by part; its rate is a share, all parts make 1:
-                                                  batch, forward, backward, update: the step; agree, read: waits for
-                                                  other workers and for the device; evaluation; checkpoint: waits for it
+                                                  batch, forward, backward, update: the step (both passes are "backward"
+                                                  where they are one CUDA graph); agree, read: waits for other workers
+                                                  and for the device; evaluation; checkpoint: waits for it
 emoray_train_steps_total{run}                     steps done, those that were done again included
 emoray_train_checkpoint_seconds{run}              a checkpoint's writing, beside training
 emoray_train_last_step_timestamp_seconds{run}     when worker 0 last did one, in seconds since 1970

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -17,7 +16,7 @@ from emoray.on_ray.worker_control import Leaving, WorkerControl
 from emoray.run import ATTEMPTS, Attempt
 from emoray.storage import Storage
 from emoray.training import train
-from emoray.world import World
+from emoray.world import World, set_up_torch
 
 _BLAME_S = 10.0
 """How long a worker that was broken off keeps quiet, so that Ray finds the dead one first, in seconds."""
@@ -68,19 +67,6 @@ def _next_attempt(attempt: Attempt, world: World) -> Attempt:
 def _broken_off(error: RuntimeError) -> bool:
     """Whether another worker's end broke off a word between workers; that one is to blame, and Ray sees it soon."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-
-
-def set_up_torch(cpus: int, device: torch.device) -> None:
-    """Threads, and kernels that give the same result each time; before a worker's first sum."""
-    # Adam's moments of words that are long unseen fade into denormal numbers, each of which takes a hundred times as
-    # long. Set before the first parallel loop, since its threads take the setting over from this one.
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(cpus)
-    if device.type == "cuda":
-        # Kernels with the same result each time; cuBLAS reads the variable at its first use.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def must_see(attempt: Attempt, remedy: str) -> None:

@@ -218,13 +218,15 @@ def test_haproxy_listens_on_this_machine_alone_and_speaks_json(tmp_path: Path) -
     config = tmp_path / "haproxy.cfg"
     config.write_text(written)
     assert "bind :9101" in written and "bind *:8404" in written and "errorfile 503 /of/ray" in written
-    script = front.prepare(tmp_path / "front", "/bin/true", (9101, 8404))
+    script = front.prepare(tmp_path / "front", "/bin/true", (9101, 8404), 256)
     subprocess.run([str(script), "-db", "-f", str(config)], check=True, timeout=60)
     mended = config.read_text()
     assert "frontend http_frontend\n    http-request disable-l7-retry if METH_PUT\n" in mended
     assert "bind 127.0.0.1:9101" in mended and "bind 127.0.0.1:8404" in mended
     assert "/of/ray" not in mended and not re.search("^ *log ", mended, re.MULTILINE)
-    for status in (502, 503, 504):
+    assert len(re.findall("^ *server .* check maxconn 256( |$)", mended, re.MULTILINE)) >= 2
+    assert "    http-request return status 429 default-errorfiles if METH_POST" in mended
+    for status in (429, 502, 503, 504):
         page = tmp_path / "front" / f"{status}.http"
         assert f"errorfile {status} {page}" in mended
         head, _, body = page.read_bytes().partition(b"\r\n\r\n")

@@ -33,7 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from emoray import checkpoint, model
 from emoray import config as cfg
 from emoray.config import TrainConfig
+from emoray.cuda_graphs import GraphedPasses
 from emoray.finish import finish
+from emoray.forward import Forward
 from emoray.learner import OPTIMIZER, WEIGHTS, Learner, as_tensors
 from emoray.run import Attempt, open_run, read_history, refuse_changed
 from emoray.storage import Storage
@@ -263,6 +265,7 @@ class Job:
     wishes: dict[int, Wish] = field(default_factory=dict)
     spy: bool = False
     limit_file_bytes: int | None = None
+    as_on_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,8 @@ def _work(job: Job, rank: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.limit_file_bytes, resource.RLIM_INFINITY))
     if job.death is not None and job.death.rank == rank:
         job.death.arm()
+    if job.as_on_gpu:
+        compute_as_on_gpu()
     spy = _Spy()
     if job.spy:
         spy.watch()
@@ -316,6 +321,19 @@ def _work(job: Job, rank: int) -> None:
     os._exit(0 if error is None else 1)
 
 
+def compute_as_on_gpu() -> None:
+    """From here on this process's workers take the way of CUDA graphs, whose passes are called where GPUs replay."""
+    import emoray.learner as module
+
+    class Repeated(GraphedPasses):
+        def _capture(self, passes: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+            loss = torch.zeros_like(passes())
+            return lambda: loss.copy_(passes()), loss
+
+    module.GraphedPasses = Repeated  # type: ignore[misc]
+    Forward.can_be_recorded = property(lambda self: self.packed)  # type: ignore[assignment]
+
+
 class _Spy:
     """Notes what a worker computes; see Report."""
 
@@ -327,16 +345,16 @@ class _Spy:
     def watch(self) -> None:
         import emoray.learner as module
 
-        step, loss, score, no_sync = Learner.step, Learner._loss, module.score, DistributedDataParallel.no_sync
+        step, batch, score, no_sync = Learner.step, Learner._batch, module.score, DistributedDataParallel.no_sync
 
         def spied_step(learner: Learner, number: int) -> Tensor:
             self.rows.append([])
             return step(learner, number)
 
-        def spied_loss(learner: Learner, number: int, rows: NDArray[np.int64]) -> Tensor:
+        def spied_batch(learner: Learner, number: int, rows: NDArray[np.int64]) -> Any:
             if len(learner.plan.share(len(self.rows) - 1, learner.world.rank, learner.world.size)):
                 self.rows[-1].extend(rows.tolist())  # else it is a stand-in whose loss counts nothing
-            return loss(learner, number, rows)
+            return batch(learner, number, rows)
 
         def spied_score(forward: Any, tokens: Any, rows: NDArray[np.int64], most: int) -> NDArray[np.float32]:
             self.scored.append(rows.tolist())
@@ -346,7 +364,7 @@ class _Spy:
             self.unsynchronised += 1
             return no_sync(parallel)
 
-        Learner.step, Learner._loss, module.score = spied_step, spied_loss, spied_score  # type: ignore[method-assign]
+        Learner.step, Learner._batch, module.score = spied_step, spied_batch, spied_score  # type: ignore[method-assign]
         DistributedDataParallel.no_sync = spied_no_sync  # type: ignore[method-assign]
 
 
