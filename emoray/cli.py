@@ -147,7 +147,7 @@ def check_data(
     summary = data.summary(dataset)
     if label_errors is not None:
         summary["label_errors"] = _write_label_errors(config, dataset, label_errors)
-    out(json.dumps(summary, ensure_ascii=False) if as_json else _summary_text(summary))
+    out(json.dumps(summary, ensure_ascii=False) if as_json else data.summary_text(summary))
 
 
 def _write_label_errors(config: TrainConfig, dataset: Dataset, path: Path) -> dict[str, Any]:
@@ -288,19 +288,13 @@ def predict(
     from emoray.console import ScoringDisplay, out
 
     workers = load(None, overrides).workers
-    from emoray.on_ray.predict import Request, predict_on_ray
+    from emoray.on_ray.predict import Request, predict_on_ray, summary_text
 
     all_room = not any(given.startswith("workers.num_workers=") for given in overrides)
     request = Request(model, sources, output, text_column, file_format, prefix, on_existing, workers, all_room)
     with ScoringDisplay() as display:
         summary = predict_on_ray(request, display)
-    out(json.dumps(summary, ensure_ascii=False) if as_json else _scored_text(summary))
-
-
-def _scored_text(summary: dict[str, Any]) -> str:
-    counts = ", ".join(f"{label} {count:,}" for label, count in summary["labels"].items())
-    errors = f"; {summary['errors']:,} have none, see the column error" if summary["errors"] else ""
-    return f"{summary['output']}: {summary['rows']:,} rows: {counts or 'no predictions'}{errors}"
+    out(json.dumps(summary, ensure_ascii=False) if as_json else summary_text(summary))
 
 
 @_command("emoray export runs/emotion   or   emoray export runs/emotion --precision int8")
@@ -442,18 +436,6 @@ def doctor(
         checks.show(findings)
     if checks.worst(findings) == "problem":
         sys.exit(1)
-
-
-def _summary_text(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['source']}: {', '.join(summary['labels'])}"]
-    for name, split in summary["splits"].items():
-        counts = ", ".join(f"{label} {count:,}" for label, count in split["labels"].items())
-        lines.append(f"  {name:<11}{split['rows']:>9,} rows, {split['words']['mean']:.1f} words on average: {counts}")
-    lines += [f"  warning: {warning}" for warning in summary["warnings"]]
-    if "label_errors" in summary:
-        found = summary["label_errors"]
-        lines.append(f"  {found['rows']:,} rows of train are likely mislabelled, likeliest first: {found['path']}")
-    return "\n".join([*lines, f"  fingerprint {summary['fingerprint']}", "The data is well formed."])
 
 
 @contextmanager

@@ -150,6 +150,19 @@ def summary(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def summary_text(summary: dict[str, Any]) -> str:
+    """What `summary` gave, for people."""
+    lines = [f"{summary['source']}: {', '.join(summary['labels'])}"]
+    for name, split in summary["splits"].items():
+        counts = ", ".join(f"{label} {count:,}" for label, count in split["labels"].items())
+        lines.append(f"  {name:<11}{split['rows']:>9,} rows, {split['words']['mean']:.1f} words on average: {counts}")
+    lines += [f"  warning: {warning}" for warning in summary["warnings"]]
+    if "label_errors" in summary:
+        found = summary["label_errors"]
+        lines.append(f"  {found['rows']:,} rows of train are likely mislabelled, likeliest first: {found['path']}")
+    return "\n".join([*lines, f"  fingerprint {summary['fingerprint']}", "The data is well formed."])
+
+
 def _read(config: DataConfig) -> Source:
     source = Source()
     columns = Columns(config.text_column, config.label_column, config.language_column)

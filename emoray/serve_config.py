@@ -43,7 +43,7 @@ class ReplicasConfig(Section):
     target_queued_tokens: PositiveInt | Literal["auto"] = "auto"
     """A replica more for every so many tokens that wait; `auto` is two batches."""
     num_cpus: Annotated[float, Number, Field(gt=0)] | Literal["auto"] = "auto"
-    """CPUs, and threads, of a replica; `auto` is an even share of the machine."""
+    """CPUs, and threads, of a replica; `auto` is an even share of the machine, and two where it has them."""
     num_gpus: Annotated[float, Number, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs of a replica; `auto` is one where the cluster has any."""
     upscale_delay_s: Annotated[float, Number, Field(ge=0)] = 3.0

@@ -33,6 +33,8 @@ def set_up_torch(cpus: int, device: torch.device) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(cpus)
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # what graphs and NCCL take where no device is named
         # Kernels with the same result each time; cuBLAS reads the variable at its first use.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

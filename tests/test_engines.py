@@ -97,6 +97,7 @@ def test_int8_that_loses_too_much_is_refused(copy: Path, monkeypatch: pytest.Mon
     assert chosen.name != "onnx-int8" and "points of accuracy" in chosen.figures["onnx-int8"]["left_out"]
 
 
+@pytest.mark.slow
 def test_without_labels_int8_is_not_used(copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "onnx")
     facts = json.loads((copy / "emoray.json").read_text())
@@ -128,6 +129,7 @@ def test_damaged_and_stale_exports_are_refused_and_made_anew(copy: Path) -> None
     assert Classifier.load(copy, engine="onnx-int8").engine.name == "onnx-int8"
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_written_to_is_exported_into_the_cache(
     copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

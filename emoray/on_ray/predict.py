@@ -295,3 +295,10 @@ def _reason(error: BaseException) -> str:
     if any(kind in str(error) for kind in ("ActorDiedError", "ActorUnavailableError")):  # wrapped by Ray Data
         return f"a piece's actor ended without a word {_TRIES + 1} times (killed, out of memory, or a crash)"
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """What `predict_on_ray` gave, for people."""
+    counts = ", ".join(f"{label} {count:,}" for label, count in summary["labels"].items())
+    errors = f"; {summary['errors']:,} have none, see the column error" if summary["errors"] else ""
+    return f"{summary['output']}: {summary['rows']:,} rows: {counts or 'no predictions'}{errors}"

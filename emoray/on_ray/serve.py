@@ -221,7 +221,8 @@ def resources(replicas: ReplicasConfig) -> tuple[float, float]:
         gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
     cpus = replicas.num_cpus
     if cpus == "auto":
-        # Whole threads: an even share of the largest node, one at the least.
-        most = max((node.get("CPU", 0) for node in nodes), default=1)
-        cpus = float(max(1, int(most) // replicas.max))
+        # Whole threads: an even share of the largest node. Two threads of one replica answer few callers twice as fast
+        # as two replicas of one, and many as fast.
+        most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+        cpus = float(max(1, min(2, most), most // replicas.max))
     return cpus, gpus

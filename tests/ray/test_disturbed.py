@@ -52,6 +52,7 @@ def test_finished_run_given_again(bench: Bench, undisturbed: Left) -> None:
     assert f"| {undisturbed.results['best']['step']} |" in command.output
 
 
+@pytest.mark.slow  # the elastic run below has two workers on two nodes
 def test_two_workers_and_their_nodes(bench: Bench, cluster: SmallCluster) -> None:
     """Nodes are taken away without and with notice, which costs no attempt."""
     with ExitStack() as stack:

@@ -125,6 +125,7 @@ def test_what_a_sweep_leaves(undisturbed: Path) -> None:
     assert not left, "the losers' checkpoints, and what the winner's was copied from"
 
 
+@pytest.mark.slow
 def test_the_best_config_gives_the_reported_metric_again(bench: Bench, undisturbed: Path) -> None:
     best = results_of(undisturbed)["best"]
     command = bench.start("sweep-calm-best", ["train", str(undisturbed / "best.yaml")])
