@@ -18,7 +18,8 @@ quickstart: setup
 	@$(BIN)/emoray quickstart
 
 test: setup
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not ray" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "not slow and not gpu and ray"
 
 check: setup
 	@$(BIN)/ruff check .

@@ -39,7 +39,7 @@ class Learner:
     Args:
         task: the run's input.
         state: weights by name; read, never written, so that workers of a node can share them.
-        world: the other workers.
+        world: the other workers; on a GPU, `world.set_up_torch` must have been called.
     """
 
     def __init__(self, task: Task, state: Mapping[str, Tensor], world: World) -> None:

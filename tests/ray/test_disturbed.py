@@ -17,9 +17,10 @@ pytestmark = pytest.mark.ray
 TWO = ("workers.num_workers=2", "training.train_batch_size=16")
 
 
-def test_worker_and_driver_are_killed(bench: Bench, undisturbed: Left) -> None:
-    """SIGKILL to the worker, SIGKILL to the driver, SIGTERM to the driver, each followed by the same command."""
-    first = bench.train("killed", SHORT)
+@pytest.mark.parametrize("name", ["killed", pytest.param("killed-twice", marks=pytest.mark.slow)])
+def test_worker_and_driver_are_killed(name: str, bench: Bench, undisturbed: Left) -> None:
+    """SIGKILL to the worker, or to it and to the driver, then SIGTERM to the driver; the same command follows each."""
+    first = bench.train(name, SHORT)
     first.wait_for_step(random.randint(1, 15))
     (worker,) = workers_below(first.process.pid)
     worker.kill()
@@ -30,18 +31,18 @@ def test_worker_and_driver_are_killed(bench: Bench, undisturbed: Left) -> None:
     assert "attempt 2 of 4 follows" in first.output
     assert "A worker died or was killed" not in first.output
     first.wait_for_step(first.restarts[0] + random.randint(1, 15), restarts=1)
-    first.kill()
+    if name == "killed-twice":
+        first.kill()
+        first = bench.train(name, SHORT)
+        first.wait_until(lambda: first.restarts, "a restart")
+        first.wait_for_step(first.restarts[0] + random.randint(1, 7), restarts=1)
+    first.terminate()
+    assert first.status() == 143, first.output
 
-    second = bench.train("killed", SHORT)
-    second.wait_until(lambda: second.restarts, "a restart")
-    second.wait_for_step(second.restarts[0] + random.randint(1, 7), restarts=1)
-    second.terminate()
-    assert second.status() == 143, second.output
-
-    third = bench.train("killed", SHORT)
-    assert third.status() == 0, third.output
-    assert f"Stopped after step {third.restarts[0]} of 120" in second.output  # what SIGTERM saved is not done again
-    assert left_by(third.run) == undisturbed
+    last = bench.train(name, SHORT)
+    assert last.status() == 0, last.output
+    assert f"Stopped after step {last.restarts[0]} of 120" in first.output  # what SIGTERM saved is not done again
+    assert left_by(last.run) == undisturbed
 
 
 def test_finished_run_given_again(bench: Bench, undisturbed: Left) -> None:
@@ -52,7 +53,7 @@ def test_finished_run_given_again(bench: Bench, undisturbed: Left) -> None:
     assert f"| {undisturbed.results['best']['step']} |" in command.output
 
 
-@pytest.mark.slow  # the elastic run below has two workers on two nodes
+@pytest.mark.slow
 def test_two_workers_and_their_nodes(bench: Bench, cluster: SmallCluster) -> None:
     """Nodes are taken away without and with notice, which costs no attempt."""
     with ExitStack() as stack:
@@ -107,6 +108,7 @@ def test_more_workers_than_there_is_room_for(bench: Bench, cluster: SmallCluster
         assert not command.run.exists()
 
 
+@pytest.mark.slow
 def test_an_elastic_run_uses_a_new_node_and_survives_its_loss(bench: Bench, cluster: SmallCluster) -> None:
     elastic = ("workers.num_workers=[1,2]", "training.global_batch_size=32", "workers.max_failures=0")
     with cluster.node():

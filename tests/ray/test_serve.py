@@ -258,6 +258,7 @@ def test_emoray_serve_again_with_another_model_is_a_change(
     serving.change_model(models[0], KEY)  # a change that was refused leaves the gate as it was, too
 
 
+@pytest.mark.slow
 def test_overload_and_soak_in_short(serving: Serving, trial: Trial) -> None:
     came = asyncio.run(Load(serving.url, TEXTS, {}, KEY).open(400, 4))
     assert set(came.statuses) <= {200, 429, 503} and came.statuses[200] > 0, came.problems
