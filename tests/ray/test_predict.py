@@ -55,7 +55,7 @@ def test_killed_and_given_again(bench: Bench, trained_run: Path, source: Path) -
     assert sum(summary["labels"].values()) == ROWS - 2
 
     rows = read(output)
-    given = [json.loads(line) for line in source.open()]
+    given = [json.loads(line) for line in source.read_text().splitlines()]
     assert [row["id"] for row in rows] == list(range(ROWS))
     assert [row.get("text") for row in rows] == [row.get("text") for row in given]
     assert rows[5]["error"] == rows[-1]["error"] == "there is no text"

@@ -192,6 +192,7 @@ def test_a_trial_that_fails_is_told_and_the_sweep_goes_on(bench: Bench, tmp_path
     assert yaml.safe_load((command.run / "best.yaml").read_text())["model"]["max_length"] == 16
 
 
+@pytest.mark.slow  # tests/ray/test_disturbed.py asks for too many without a sweep
 def test_more_workers_than_there_are(bench: Bench, sweep_file: Path, overrides: list[str]) -> None:
     command = start(bench, sweep_file, "greedy", *overrides, "workers.num_workers=64")
     assert command.status() == 1
