@@ -30,7 +30,7 @@ def main() -> None:
         print(f"{text!r}: {prediction.label} {prediction.score:.2f}; {explanation.text(3)}")
 
     scored = evaluate(classifier, None, "validation")
-    for line in scored.per_label:
+    for line in scored.per_label():
         print(f"{line}")
     low, high = scored.intervals()["accuracy"]
     print(f"validation accuracy {scored.metrics['accuracy']:.4f}, 95% interval {low:.4f} to {high:.4f}")

@@ -24,6 +24,8 @@ RETRIES = 12
 """How often a request is tried again; a replica that has just died is marked down after the third failure."""
 UNDER_WAY = 160
 """Requests at a replica at once, at the most: enough for full batches. More would only make all of them wait longer."""
+HEAD_S = 10
+"""Seconds in which a request's head must have come."""
 BUFFER = 256 << 10
 """Bytes of a request that can be sent again: a larger one is not kept."""
 _TEXTS = {
@@ -87,6 +89,7 @@ def environment(folder: Path, http: HttpConfig, cpus: int, timeout_s: float, mos
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(timeout_s)),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(timeout_s)),  # Ray's hour is a long time for half a body
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER),
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         # A replica that is dead shows in its connections. One that is only slow must not be given up.
@@ -130,7 +133,7 @@ def prepare(folder: Path, binary: str, ports: tuple[int, ...], most: int) -> Pat
     edits += ["/^ *errorfile /d", "/^ *log /d", "/^ *option (httplog|log-health-checks)$/d"]
     # What changes something is not sent again: the model's change.
     edits.append(r"s/^frontend http_frontend$/&\n    http-request disable-l7-retry if METH_PUT/")
-    pages = []
+    pages = [f"    timeout http-request {HEAD_S}s"]
     for status, error in _TEXTS.items():
         page = folder / f"{status}.http"
         page.write_bytes(_page(error))

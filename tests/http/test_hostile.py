@@ -207,7 +207,9 @@ HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Type: application/json
 def test_half_sent_bodies_end_in_time(endpoint: Server) -> None:
     with send(endpoint, HEAD % 100, b'{"texts"') as raw:
         start = time.monotonic()
-        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+        answer = b""
+        while b'"slow_body"' not in answer and (part := raw.recv(4096)):  # a proxy may keep the connection open
+            answer += part
     assert answer.startswith(b"HTTP/1.1 408") and b'"slow_body"' in answer
     assert time.monotonic() - start < 6
     send(endpoint, HEAD % 100, b'{"texts"').close()

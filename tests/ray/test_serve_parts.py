@@ -225,6 +225,7 @@ def test_haproxy_listens_on_this_machine_alone_and_speaks_json(tmp_path: Path) -
     assert "bind 127.0.0.1:9101" in mended and "bind 127.0.0.1:8404" in mended
     assert "/of/ray" not in mended and not re.search("^ *log ", mended, re.MULTILINE)
     assert len(re.findall("^ *server .* check maxconn 256( |$)", mended, re.MULTILINE)) >= 2
+    assert "defaults\n    timeout http-request 10s\n" in mended
     assert "    http-request return status 429 default-errorfiles if METH_POST" in mended
     for status in (429, 502, 503, 504):
         page = tmp_path / "front" / f"{status}.http"
