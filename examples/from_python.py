@@ -33,7 +33,7 @@ def main() -> None:
     for line in scored.per_label():
         print(f"{line}")
     low, high = scored.intervals()["accuracy"]
-    print(f"validation accuracy {scored.metrics['accuracy']:.4f}, 95% interval {low:.4f} to {high:.4f}")
+    print(f"validation accuracy {scored.metrics()['accuracy']:.4f}, 95% interval {low:.4f} to {high:.4f}")
 
 
 if __name__ == "__main__":

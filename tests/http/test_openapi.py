@@ -85,7 +85,7 @@ parameters = { name = "emotion", version = "0123456789ab" }
 
 @pytest.mark.parametrize(
     ("phases", "examples", "at_least"),
-    [("fuzzing", 6, 60), pytest.param("examples,coverage,fuzzing,stateful", 100, 2000, marks=pytest.mark.slow)],
+    [("fuzzing", 8, 60), pytest.param("examples,coverage,fuzzing,stateful", 100, 2000, marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
 def test_schemathesis(keyed: Server, tmp_path: Path, phases: str, examples: int, at_least: int) -> None:
