@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -66,17 +66,20 @@ class Meter:
         return f"{int(left) // 60}:{int(left) % 60:02d} left"
 
 
-class TrainingDisplay:
-    """A live bar on a terminal; in a log a plain line at a steady pace.
+_D = TypeVar("_D", bound="_Display")
+
+
+class _Display:
+    """Sentences, and a live bar on a terminal; in a log a plain line at a steady pace.
 
     Use it as a context manager.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str, unit: str) -> None:
         self.console = Console(stderr=True, highlight=False)
-        self._meter = Meter(self.console, "Training", "step")
+        self._meter = Meter(self.console, what, unit)
 
-    def __enter__(self) -> TrainingDisplay:
+    def __enter__(self: _D) -> _D:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,6 +87,13 @@ class TrainingDisplay:
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
+
+
+class TrainingDisplay(_Display):
+    """A run's steps and evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__("Training", "step")
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Nothing that a person must know beyond what is said."""
@@ -105,22 +115,12 @@ def _figures(row: dict[str, Any]) -> str:
     )
 
 
-class ScoringDisplay:
-    """As `TrainingDisplay`, of rows that are scored."""
+class ScoringDisplay(_Display):
+    """Rows that are scored."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self._meter = Meter(self.console, "Scoring", "row")
+        super().__init__("Scoring", "row")
         self._first: tuple[float, int] | None = None
-
-    def __enter__(self) -> ScoringDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._meter.stop()
-
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
 
     def rows(self, done: int, total: int, faults: int) -> None:
         now = time.monotonic()
