@@ -193,7 +193,15 @@ DELETE, HISTORY, RENAME = "emoray.storage:Storage.delete", "emoray.run:History.a
 CARD, REPORT = "emoray.model_card:render", "emoray.report:render"
 
 
-@pytest.mark.parametrize(("size", "packing"), [(1, PACKINGS[1]), (2, PACKINGS[0])])  # all four: the slow ones below
+@pytest.mark.parametrize(
+    ("size", "packing"),
+    [
+        (1, PACKINGS[1]),
+        (2, PACKINGS[0]),
+        pytest.param(1, PACKINGS[0], marks=pytest.mark.slow),
+        pytest.param(2, PACKINGS[1], marks=pytest.mark.slow),
+    ],
+)
 def test_killed(size: int, packing: str, configure: Configure, undisturbed: Undisturbed) -> None:
     config = configure(packing)
     deaths = [Death(STEP, 6, rank=size - 1), Death(TENSORS, 2), Death(SYNC, 9), Death(DELETE, 1), Death(REPORT, 1)]
