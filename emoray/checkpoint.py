@@ -15,6 +15,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,12 @@ def write(run: Storage, name: str, fill: Callable[[Path], None], may_write: Call
 def sums(folder: Path) -> dict[str, dict[str, Any]]:
     """Size in bytes and sha256 of every file below a folder but the manifest."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    with ThreadPoolExecutor() as threads:  # weights and moments side by side: on GPUs training waits for them
+        digests = list(threads.map(_sha256, files))
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, digests, strict=True)
+    }
 
 
 def _sha256(path: Path) -> str:

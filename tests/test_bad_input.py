@@ -661,6 +661,18 @@ def test_a_cluster_that_is_not_there(place: Place, emoray: Emoray, monkeypatch: 
     assert not (place.folder / "runs").exists()
 
 
+@pytest.mark.usefixtures("ray_settings")
+def test_ray_that_does_not_start(place: Place, emoray: Emoray, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:  # as Ray does it where its dashboard lacks a module: a bare exception
+        raise Exception("The current node timed out during startup. This could happen because\nof many things.")
+
+    monkeypatch.setattr("ray.init", fail)
+    answer = emoray(*place.train())
+    assert answer.status == 1 and answer.out == ""
+    assert "error: Can't reach a Ray cluster: The current node timed out during startup." in answer.err
+    assert "session_latest/logs" in answer.err and "Traceback" not in answer.err
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(

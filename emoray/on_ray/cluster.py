@@ -79,12 +79,14 @@ def connect() -> bool:
         if address:
             _knock(address)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, namespace="emoray")
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().split("\n")[0]
-        where = f"the cluster at RAY_ADDRESS={address}" if address else "a Ray cluster"
-        raise ClusterError(
-            f"Can't reach {where}: {reason}. Check that it runs, and RAY_AUTH_MODE and its token."
-        ) from None
+    except Exception as error:  # Ray raises bare ones too, where a process of its own doesn't come up
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        if address in (None, "", "auto", "local"):
+            where, remedy = "a Ray cluster", "See Ray's logs in /tmp/ray/session_latest/logs, and `emoray doctor`."
+        else:
+            where = f"the cluster at RAY_ADDRESS={address}"
+            remedy = "Check that it runs, and RAY_AUTH_MODE and its token."
+        raise ClusterError(f"Can't reach {where}: {reason}. {remedy}") from None
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler ends with status 15; whoever asked for the end expects 143.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from emoray.classifier import find_model
 from emoray.errors import ClusterError, ModelError
@@ -93,8 +95,12 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         _need_room(config)
-        url = _start_serve(config, is_here)
-        model = _deploy(config, keys, url, say)
+        with ThreadPoolExecutor(1) as beside:
+            proxies = beside.submit(_start_serve, config, is_here)
+            url = _address(config, proxies)
+            model = _deploy(config, keys, say)
+            proxies.result()
+        _until_ready(url)
         with _found_by_others(config.http.port, is_here):
             yield Ready(url, model, cluster.dashboard(), is_here, joined, bool(keys))
     finally:
@@ -148,8 +154,8 @@ def _need_room(config: ServeConfig) -> None:
         )
 
 
-def _start_serve(config: ServeConfig, is_here: bool) -> str:
-    """Start Ray Serve where it doesn't run, and return the endpoint's address."""
+def _start_serve(config: ServeConfig, is_here: bool) -> None:
+    """Start Ray Serve where it doesn't run, and return when its proxies listen."""
     limits = config.limits
     guard = Settings(2 * limits.max_queued_requests, limits.max_queue_s, limits.max_body_bytes)
     environment = {
@@ -169,9 +175,19 @@ def _start_serve(config: ServeConfig, is_here: bool) -> str:
         },
         controller_options={"runtime_env": {"env_vars": environment}},
     )
-    from ray.serve.context import _get_global_client
 
-    running = _get_global_client().http_config
+
+def _address(config: ServeConfig, proxies: Future[None]) -> str:
+    """The endpoint's address, as soon as Ray Serve's controller runs: replicas can start while the proxies do.
+
+    Raises:
+        ClusterError: Ray Serve runs already, and listens elsewhere.
+    """
+    while (client := _get_global_client(raise_if_no_controller_running=False)) is None:
+        if proxies.done():
+            proxies.result()
+        time.sleep(0.05)
+    running = client.http_config
     if (running.host, running.port) != (config.http.host, config.http.port):
         raise ClusterError(
             f"Ray Serve listens on {running.host}:{running.port} in this cluster, and can't be told otherwise while it "
@@ -181,7 +197,7 @@ def _start_serve(config: ServeConfig, is_here: bool) -> str:
     return f"http://{host}:{running.port}"
 
 
-def _deploy(config: ServeConfig, keys: api_keys.Keys, url: str, say: Say) -> str:
+def _deploy(config: ServeConfig, keys: api_keys.Keys, say: Say) -> str:
     """Deploy, and return the model that answers then."""
     board = Board(scope())
     config = config.model_copy(update={"model": place(config.model, os.getcwd())})
@@ -199,7 +215,6 @@ def _deploy(config: ServeConfig, keys: api_keys.Keys, url: str, say: Say) -> str
         if not runs:
             serve.delete(APP)
         raise
-    _until_ready(url)
     return _until_all_have(board, number)
 
 
