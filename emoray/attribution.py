@@ -26,6 +26,10 @@ _SIGNS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:['’\-][^\W{_SIGNS}]+)*|[^\w\s]+")
 
 
+_MARGIN = 1000
+"""Characters behind those that the model sees that are kept: without a word, some of them move into its view."""
+
+
 class Decoder(Protocol):
     """What must be known of a model to read its logits."""
 
@@ -108,24 +112,25 @@ class Occlusion:
     Attributes:
         texts: as they were given.
         spans: of each text, where its words begin and end, in characters.
+        seen: of each text, how many characters the model sees.
     """
 
     texts: Sequence[str]
     spans: Sequence[Sequence[tuple[int, int]]]
+    seen: Sequence[int]
 
     @classmethod
     def of(cls, texts: Sequence[str], seen: Sequence[int]) -> Occlusion:
         """Args: seen: of each text, how many characters the model sees."""
-        return cls(
-            texts, [[m.span() for m in _WORD.finditer(text[:end])] for text, end in zip(texts, seen, strict=True)]
-        )
+        spans = [[m.span() for m in _WORD.finditer(text[:end])] for text, end in zip(texts, seen, strict=True)]
+        return cls(texts, spans, seen)
 
     @property
     def variants(self) -> list[str]:
-        """Each text without each of its words in turn, text by text."""
+        """Each text without each of its words in turn, text by text; what the model doesn't see of it is left out."""
         return [
-            text[:start] + text[end:]
-            for text, found in zip(self.texts, self.spans, strict=True)
+            text[:start] + text[end : seen + (end - start) + _MARGIN]
+            for text, found, seen in zip(self.texts, self.spans, self.seen, strict=True)
             for start, end in found
         ]
 

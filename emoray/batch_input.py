@@ -12,10 +12,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from emoray.batch_rows import Lines, Piece, read_rows
-from emoray.config import nearest
 from emoray.data_files import NOT_DATA
 from emoray.data_formats import FORMATS, delimiter_of, listing
-from emoray.errors import DataError
+from emoray.errors import DataError, nearest
 from emoray.storage import Storage, absolute
 
 _READ = {suffix: kind for suffix, kind in FORMATS.items() if kind != "txt"}

@@ -10,9 +10,11 @@ step-00000250/
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +58,8 @@ def write(run: Storage, name: str, fill: Callable[[Path], None], may_write: Call
         try:
             fill(stage)
             (stage / MANIFEST).write_text(json.dumps({"files": sums(stage)}, indent=1, sort_keys=True))
-        except (OSError, SafetensorError) as error:
+            run.sync(stage)  # takes seconds, after which `may_write` is asked
+        except (OSError, SafetensorError, StorageError) as error:
             may_write()  # a newer attempt sweeps away what is half written: that is no fault of the disk
             raise StorageError(f"{run.location}/{name}: can't be written: {error}") from error
         may_write()
@@ -129,9 +132,20 @@ def fetch(storage: Storage, name: str = "") -> Path:
         folder = source.local_path
     else:
         folder = Path(tempfile.mkdtemp(prefix="emoray-checkpoint-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         source.download(folder)
-    verify(folder)
+    try:
+        verify(folder)
+    except CheckpointError:
+        release(source, folder)
+        raise
     return folder
+
+
+def release(storage: Storage, folder: Path) -> None:
+    """Remove what `fetch` gave, where that is a copy; else it goes when the process ends."""
+    if storage.local_path is None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest_good(run: Storage, below: int | None = None) -> tuple[Path | None, list[str]]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emoray import metrics, uncertainty
-from emoray.config import flatten, parse
+from emoray.config import parse
+from emoray.config_files import flatten
 from emoray.errors import DataError
 from emoray.evaluation import Scored, score_on
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from emoray.config import nearest
 from emoray.data_formats import Rows, count, finding, listing
+from emoray.errors import nearest
 
 Ids = npt.NDArray[np.int64]
 EMOTIONS = ("sadness", "joy", "love", "anger", "fear", "surprise")
 """Label order of dair-ai/emotion as published, so that ids mean the same here as in models from elsewhere."""
 _DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")
+_NUMBERED = re.compile(rf"(?:LABEL_)?({_DIGITS.pattern})")
+"""Names that a number means: `label_set` makes the second kind of ids without names."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -54,7 +56,7 @@ def normalise_labels(rows: Rows, problems: list[str]) -> None:
             value = int(value)  # a column of ids with gaps reaches files as floats
         if isinstance(value, str):
             value = value.strip()
-        if value is None or value == "" or value == -1 or value != value:
+        if value in (None, "", -1, "-1") or value != value:
             missing.append(rows.numbers[index])
             value = None
         elif isinstance(value, bool) or not isinstance(value, (str, int)):
@@ -91,7 +93,7 @@ def label_set(train: list[Rows], stated: tuple[str, ...] | None) -> tuple[tuple[
         strings = {label for label in found if isinstance(label, str)}
         labels = known or (EMOTIONS if strings == set(EMOTIONS) else tuple(sorted(strings)))
         numerals: dict[str | int, int] = {
-            int(label): index for index, label in enumerate(labels) if _DIGITS.fullmatch(label)
+            int(number[1]): index for index, label in enumerate(labels) if (number := _NUMBERED.fullmatch(label))
         }
         # Names such as "1" to "5" are meant by the number 5 too. Otherwise numbers are positions, but only in
         # an order that somebody stated, not in the alphabet's.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from emoray.config import nearest
+from emoray.errors import nearest
 
 FORMATS = {
     ".jsonl": "jsonl",

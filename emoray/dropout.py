@@ -1,9 +1,9 @@
-"""Dropout whose masks belong to texts: pure functions of (seed, step, text), and of nothing else.
+"""Dropout without a history: masks are functions of (seed, step, text) on CPUs, of (seed, step, micro-batch) on GPUs.
 
 A run that was killed and started again must draw the masks that it would have drawn, so no mask may depend on the
-history of a generator. Nor should it matter which worker or micro-batch a text lies in: each element's bits are a
-hash of (seed, step, text, token, dropout layer, element), as in counter-based generators (Salmon et al. 2011, "Parallel
-random numbers: as easy as 1, 2, 3"), so that any number of workers trains the same model.
+history of a generator. Nor should it matter which worker or micro-batch a text lies in: on CPUs each element's bits are
+a hash of (seed, step, text, token, dropout layer, element), as in counter-based generators (Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"), so that any number of workers trains the same model.
 
 Masks are also cheap this way: 16 bits an element, hashed in bulk and compared with a threshold, take about a fifth of
 the time of torch's own CPU dropout.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_WORDS = 1 << 16
+_VALUES = 1 << 16
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CACHED = 1 << 15
 """Words hashed at a time: the passes over them then stay within a core's second-level cache."""
@@ -123,10 +123,10 @@ class DropoutSource:
 
 def _threshold(words: Tensor, p: float, out: Tensor) -> Tensor:
     """`out` as the scaled mask of int16 words that are uniform on [-2**15, 2**15)."""
-    threshold = min(round(p * _WORDS), _WORDS - 1)
+    threshold = min(round(p * _VALUES), _VALUES - 1)
     # torch compares int16 in SIMD, and writes floats in the same pass.
-    torch.ge(words, threshold - _WORDS // 2, out=out)
-    return out.mul_(_WORDS / (_WORDS - threshold))
+    torch.ge(words, threshold - _VALUES // 2, out=out)
+    return out.mul_(_VALUES / (_VALUES - threshold))
 
 
 def _mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

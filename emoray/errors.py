@@ -19,6 +19,9 @@ Messages follow one rule: the value that was met, the rule it breaks, the remedy
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class EmorayError(Exception):
     """Base of all errors that are the user's to mend."""
@@ -94,3 +97,9 @@ class InterruptedRunError(RunError):
     """
 
     signal: int | None = None
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest known name, else an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""

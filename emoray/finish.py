@@ -54,8 +54,9 @@ def finish(learner: Learner, progress: Progress, attempt: Attempt) -> dict[str, 
     asked: list[report.Insight] = []
 
     def fill(folder: Path) -> None:
-        weights, _ = learner.split({f"weights/{k}": v.cpu() for k, v in learner.model.state_dict().items()})
-        fill_model_folder(folder, task, weights, {"validation": best, "test": results["test"]}, calibration)
+        fill_model_folder(
+            folder, task, learner.whole_weights(), {"validation": best, "test": results["test"]}, calibration
+        )
         asked.append(report.insight(Classifier.from_folder(folder), scored["test"]))
         (folder / "README.md").write_text(model_card.render(_card(task, results, scored, facts)), encoding="utf-8")
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emoray.cuda_graphs import FilledBatch
-from emoray.packing import PackedBatch, enable_packing, is_packable, pack, packed_logits, send, varlen_kernel_takes
+from emoray.packed_attention import varlen_kernel_takes
+from emoray.packed_model import enable_packing, is_packable, packed_logits
+from emoray.packing import PackedBatch, pack, send
 from emoray.tokens import Tokens, split_packed, split_padded
 
 EVALUATION_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -112,12 +114,13 @@ def score(forward: Forward, tokens: Tokens, rows: NDArray[np.int64], most_texts:
     forward.eval()
     split = split_packed if forward.packed else split_padded
     most_tokens = EVALUATION_TOKENS.get(forward.device.type, EVALUATION_TOKENS["cpu"])
-    by_length = np.lexsort((rows, -tokens.lengths[rows]))
+    lengths = tokens.lengths
+    by_length = np.lexsort((rows, -lengths[rows]))
     logits = np.empty((len(rows), int(forward.model.config.num_labels or 0)), np.float32)
     for start in range(0, len(rows), most_texts):
         places = by_length[start : start + most_texts]
         done = 0
-        for part in split(rows[places], tokens.lengths, most_tokens):
+        for part in split(rows[places], lengths, most_tokens):
             batch = forward.batch([tokens[row] for row in part]).to(forward.device)
             logits[places[done : done + len(part)]] = forward(batch).cpu().numpy()
             done += len(part)

@@ -19,9 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emoray.cuda_graphs import FilledBatch, GraphedPasses
 from emoray.dropout import seed_dropout
+from emoray.errors import ModelError
 from emoray.forward import Forward, PaddedBatch, score
 from emoray.model import learning_rates, make_optimizer, rebuild
-from emoray.packing import PackedBatch, is_packable, send
+from emoray.packed_model import is_packable
+from emoray.packing import PackedBatch, send
 from emoray.stopwatch import Stopwatch
 from emoray.task import Task
 from emoray.tokens import BatchPlan
@@ -56,9 +58,9 @@ class Learner:
             model.base_model.embeddings.requires_grad_(False)
         self.dropout = seed_dropout(model)
         self.forward = Forward(model, packed=_packed(config.packing, model), bf16=_bf16(config.precision, world.device))
-        if world.device.type == "cuda" and self.forward.packed:
-            # Flash attention heeds only this strict form, which what is in other encoders may not know.
-            torch.use_deterministic_algorithms(True)
+        if world.device.type == "cuda":
+            # Flash attention heeds the strict form alone, which what is in encoders that can't be packed may not know.
+            torch.use_deterministic_algorithms(True, warn_only=not self.forward.packed)
         self.model = model
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.optimizer = make_optimizer(model, config)
@@ -83,9 +85,16 @@ class Learner:
 
     def _may_compact(self, model: nn.Module) -> bool:
         config = self.task.config
-        if config.training.compact_vocabulary == "off":
+        wanted = config.training.compact_vocabulary
+        if wanted == "off":
             return False
-        return is_exact(model, config.training.weight_decay, config.model.freeze_embeddings)  # type: ignore[arg-type]
+        exact = is_exact(model, config.training.weight_decay, config.model.freeze_embeddings)  # type: ignore[arg-type]
+        if wanted == "on" and not exact:
+            raise ModelError(
+                "training.compact_vocabulary is on, but for this encoder, or with model.freeze_embeddings, the result "
+                "would not be the same: set it to auto"
+            )
+        return exact
 
     def _compact(self, model: nn.Module) -> CompactVocabulary:
         vocabulary = CompactVocabulary(model, self.tokens.values())  # type: ignore[arg-type]
@@ -198,7 +207,12 @@ class Learner:
             state.update({f"{kind}/{self.names[parameter]}": moments[kind] for kind in _MOMENTS})
         return state
 
-    def split(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The weights by name, on the CPU, as the encoder came: with all rows of the word table."""
+        state = {f"weights/{name}": tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        return self.as_files(state)[0]
+
+    def as_files(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What `tensors` gave, as the contents of the two files: whole weights, and the optimizer's state."""
         prefix = "weights/"
         weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -212,7 +226,10 @@ class Learner:
         """Take over the weights of a checkpoint of this run."""
         weights = load_file(folder / WEIGHTS)
         if self.vocabulary is not None:
-            weights[self.vocabulary.name] = weights[self.vocabulary.name][torch.from_numpy(self.vocabulary.rows)]
+            name = self.vocabulary.name
+            # A copy: the checkpoint's file, which this one only maps, will be deleted.
+            self.vocabulary.full = weights[name].clone()
+            weights[name] = self.vocabulary.full[torch.from_numpy(self.vocabulary.rows)]
         self.model.load_state_dict(weights, strict=False)
 
     def load(self, folder: Path, step: int) -> None:
@@ -228,7 +245,7 @@ class Learner:
                 state = {kind: self._rows_of_today(tensor, rows) for kind, tensor in state.items()}
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step), device=self.world.device if parameter.is_cuda else "cpu"),
-                **{kind: tensor.to(self.world.device) for kind, tensor in state.items()},
+                **{kind: tensor.to(self.world.device, copy=True) for kind, tensor in state.items()},
             }
 
     def _rows_of_today(self, moment: Tensor, rows: Tensor | None) -> Tensor:
@@ -241,6 +258,11 @@ class Learner:
 
 
 def _packed(packing: str, model: nn.Module) -> bool:
+    if packing == "on" and not is_packable(model):
+        raise ModelError(
+            f"training.packing is on, but a {type(model).__name__} can't be packed: set it to auto, or take an encoder "
+            "of BERT's family"
+        )
     return packing != "off" and is_packable(model)
 
 

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from emoray import hub
 from emoray.config import ModelConfig, TrainingConfig
 from emoray.errors import ModelError
+from emoray.packed_model import first_position
 
 # The names under which encoders keep their dropout probabilities.
 _DROPOUTS = (
@@ -77,9 +78,9 @@ def load_config(config: ModelConfig, labels: Sequence[str]) -> PretrainedConfig:
             if hasattr(hf_config, name):
                 setattr(hf_config, name, config.dropout)
     positions = getattr(hf_config, "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
+    if positions is not None and config.max_length > (room := positions - first_position(hf_config)):
         raise ModelError(
-            f"model.max_length is {config.max_length}, but {config.pretrained} has {positions} positions: lower it"
+            f"model.max_length is {config.max_length}, but {config.pretrained} has {room} positions: lower it"
         )
     return hf_config
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from emoray import label_errors, plots
 from emoray.attribution import Explanation
-from emoray.config import flatten
+from emoray.config_files import flatten
 from emoray.errors import MissingExtraError
 from emoray.evaluation import Scored, WrongRow
 from emoray.label_errors import LabelError

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any
 
-from emoray import config as cfg
 from emoray.config import TrainConfig
+from emoray.config_files import flatten
 from emoray.errors import FencedError, RunError, RunExistsError, StorageError
 from emoray.storage import Storage
 
@@ -160,7 +160,7 @@ def refuse_changed(
     if newest == 0:
         return
     before = read_attempt(run, newest)
-    old, new = cfg.flatten(before["recipe"]), cfg.flatten(identity["recipe"])
+    old, new = flatten(before["recipe"]), flatten(identity["recipe"])
     changes = [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -214,6 +214,17 @@ class History:
         self._attempt.write(HISTORY, "".join(json.dumps(row) + "\n" for row in self.rows))
         if self._attempt.run.local_path is not None:
             self._stream = (self._attempt.run.local_path / HISTORY).open("a", encoding="utf-8")
+
+    def settle(self) -> None:
+        """Bring all rows to where a power cut can't take them: a checkpoint that follows must not know more steps."""
+        stream = self._stream
+        if stream is None:
+            self.flush()
+            return
+        try:
+            os.fsync(stream.fileno())
+        except OSError as error:
+            raise StorageError(f"{self._attempt.run.location}/{HISTORY}: can't be written: {error}") from error
 
     def close(self) -> None:
         if self._stream is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from emoray.config import Number, PositiveInt, Section, load_as
+from emoray.config_files import Number, PositiveInt, Section, load_as
 
 Port = Annotated[int, Number, Field(ge=1, le=65535)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -30,6 +31,20 @@ def absolute(location: str) -> str:
 def cache_folder() -> Path:
     """Where this machine keeps what can be made again (tokens, exports): `$EMORAY_CACHE`, else `~/.cache/emoray`."""
     return Path(os.environ.get("EMORAY_CACHE") or Path.home() / ".cache" / "emoray")
+
+
+def private_folder() -> Path:
+    """A folder of this user's alone, where processes of this machine find one another; its path is short, for sockets.
+
+    Raises:
+        StorageError: someone else has made it.
+    """
+    folder = Path("/tmp") / f"emoray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise StorageError(f"{folder}: must be a folder that its owner alone may enter, and be yours: remove it")
+    return folder
 
 
 class Storage:
@@ -221,16 +236,21 @@ class Storage:
                 else:
                     path.unlink(missing_ok=True)
 
+    def sync(self, stage: Path) -> None:
+        """Have all of a staged folder on disk, so that a power cut can't tear it; on object stores nothing is to do."""
+        if self.local_path is not None:
+            with self._told("", "written"):
+                for path in (*stage.rglob("*"), stage):
+                    _sync(path)
+
     def publish(self, stage: Path, name: str, last: str) -> None:
-        """Make a staged folder visible as `name`; an existing one is replaced.
+        """Make a staged folder visible as `name`; an existing one is replaced. Call `sync` before.
 
         On object stores the files go up one by one, `last` at the end, so its presence means completeness.
         """
         with self._told(name, "written"):
             if self.local_path is not None:
                 target = self.local_path / name
-                for file in stage.rglob("*"):
-                    _sync(file)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():
                     old = Path(tempfile.mkdtemp(prefix=_OLD, dir=self.local_path))

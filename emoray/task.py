@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from emoray import __version__, data
 from emoray.config import TrainConfig
 from emoray.errors import ModelError
+from emoray.storage import absolute, is_uri
 from emoray.tokens import Tokens, tokenize_cached, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -125,3 +127,20 @@ def _facts(dataset: data.Dataset) -> dict[str, Any]:
         },
         "platform": f"{platform.machine()} {sys.platform}",
     }
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The config with paths that mean the same in every process: workers run in other folders."""
+    storage = absolute(config.run.storage_path)
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"storage_path": storage}),
+            "model": config.model.model_copy(update={"pretrained": _absolute_if_here(config.model.pretrained)}),
+            "data": config.data.model_copy(update={"dataset": _absolute_if_here(config.data.dataset)}),
+        }
+    )
+
+
+def _absolute_if_here(name: str) -> str:
+    expanded = os.path.expanduser(name)
+    return name if is_uri(name) or name == "quickstart" or not os.path.exists(expanded) else absolute(expanded)

@@ -71,8 +71,7 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Tokenize
         ModelError: where the encoder has no fast tokenizer.
     """
     fast = _fast(tokenizer)
-    fast.no_padding()
-    fast.enable_truncation(max_length)
+    _set(fast, max_length)
     encodings = fast.encode_batch_fast(list(texts))
     lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -86,12 +85,24 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Tokenize
 def characters_seen(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Tokenizer, max_length: int) -> list[int]:
     """Of each text, the characters from its beginning that are left where `tokenize` cuts it."""
     fast = _fast(tokenizer)
-    fast.no_padding()
-    fast.enable_truncation(max_length)
+    _set(fast, max_length)
     return [
         max((end for _, end in encoding.offsets), default=0) if encoding.overflowing else len(text)
         for text, encoding in zip(texts, fast.encode_batch(list(texts)), strict=True)
     ]
+
+
+def _set(fast: Tokenizer, max_length: int) -> None:
+    """No padding, and cut at the end; set only where it isn't yet.
+
+    The setters wait until no thread encodes with this tokenizer, and hold Python's lock meanwhile: beside a text of
+    megabytes that would be a process that stands still.
+    """
+    if fast.padding is not None:
+        fast.no_padding()
+    cut = fast.truncation or {}
+    if (cut.get("max_length"), cut.get("direction")) != (max_length, "right"):
+        fast.enable_truncation(max_length)
 
 
 def tokenize_cached(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -247,3 +258,10 @@ def split_padded(rows: NDArray[np.int64], lengths: NDArray[np.int64], most: int)
             half = len(part) // 2
             parts[:0] = [part[:half], part[half:]]
     return fitting
+
+
+def filling(lengths: Sequence[int], most: int) -> int:
+    """Tokens that are filled up where texts of these lengths are computed as `split_padded` cuts them."""
+    sizes = np.sort(np.asarray(lengths, np.int64))[::-1]
+    parts = split_padded(np.arange(len(sizes)), sizes, most)
+    return int(sum(sizes[part].max() * len(part) - sizes[part].sum() for part in parts))

@@ -12,12 +12,11 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from emoray import checkpoint, metrics
 from emoray.errors import CheckpointError, FencedError, InterruptedRunError, NotFiniteError, StorageError
-from emoray.learner import WEIGHTS, Learner
+from emoray.learner import Learner
 from emoray.progress import Progress, write_checkpoint
 from emoray.run import Attempt, History
 from emoray.saving import Saver
@@ -87,10 +86,11 @@ def train(
         attempt.check()
         attempt.run.sweep()
     folder = find_start(attempt.run, world, control, task.config.training.metric_for_best_model)
-    progress = Progress() if folder is None else Progress.read(folder)
-    learner = Learner(task, state if folder is None else load_file(folder / WEIGHTS), world)
+    progress, learner = Progress(), Learner(task, state, world)
     if folder is not None:
+        progress = Progress.read(folder)
         learner.load(folder, progress.step)
+        checkpoint.release(attempt.run, folder)
     if world.writes:
         control.tell({"kind": "start", "workers": world.size, **_facts(learner, progress)})
     loop = _Loop(learner, progress, attempt, control, pause_after)
@@ -101,7 +101,9 @@ def train(
     best = progress.best(task.config.training.metric_for_best_model)
     assert best is not None
     if best["step"] != progress.step:
-        learner.load_weights(checkpoint.fetch(attempt.run, checkpoint.name_of(best["step"])))
+        folder = checkpoint.fetch(attempt.run, checkpoint.name_of(best["step"]))
+        learner.load_weights(folder)
+        checkpoint.release(attempt.run, folder)
     return learner, progress
 
 
@@ -210,13 +212,17 @@ class _Loop:
                 self._save()
             if wish == Wish.STOP and progress.step < total:
                 self._rest(f"Stopped after step {progress.step} of {total}; the same command goes on from there.")
-        self.saver.wait()
+        self._settle()
 
     def _rest(self, why: str) -> NoReturn:
         """Stop where a checkpoint was just saved."""
-        self.saver.wait()
-        self.world.most(0)  # whoever stops first takes the others with it, so all wait for the write
+        self._settle()
         raise InterruptedRunError(why)
+
+    def _settle(self) -> None:
+        """Wait, on all workers, until worker 0 has written all: others may read it next, or end its process."""
+        self.saver.wait()
+        self.world.most(0)
 
     def close(self) -> None:
         """Let go of the threads and files; whatever was being written is finished first."""
@@ -239,6 +245,8 @@ class _Loop:
                 self.attempt.check()
             except FencedError:
                 wish = Wish.YIELD
+            except StorageError:
+                pass  # a storage that is away for a moment: whoever writes asks again
         return Wish(self.world.most(int(wish)))
 
     def _log(self) -> None:
@@ -315,9 +323,9 @@ class _Loop:
 
     def _write(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         started = time.monotonic()
-        if self.history is not None and self.attempt.run.local_path is None:
-            self.history.flush()
-        weights, moments = self.learner.split(tensors)
+        if self.history is not None:
+            self.history.settle()
+        weights, moments = self.learner.as_files(tensors)
         self._must_be_finite(progress.step, weights)
         write_checkpoint(self.learner.task, progress, weights, moments, self.attempt)
         self.written.add(progress.step)

@@ -12,20 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from emoray import search_space
-from emoray.config import (
-    Number,
-    PositiveInt,
-    RunConfig,
-    Section,
-    TrainConfig,
-    flatten,
-    nearest,
-    override,
-    override_tree,
-    read_yaml,
-    validate,
-)
-from emoray.errors import ConfigError
+from emoray.config import RunConfig, TrainConfig
+from emoray.config_files import Number, PositiveInt, Section, flatten, override, override_tree, read_yaml, validate
+from emoray.errors import ConfigError, nearest
 from emoray.search_space import Domain
 
 METRICS = ("f1", "macro_f1", "accuracy", "loss")

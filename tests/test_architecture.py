@@ -17,12 +17,13 @@ PACKAGE = Path(__file__).parents[1] / "emoray"
 # A module imports from its own room and from those above it. A new file must be given its room here.
 ROOMS = (
     ("errors",),
-    ("config", "serve_config", "search_space", "tune_config", "storage", "hub", "console"),
+    ("config", "config_files", "serve_config", "search_space", "tune_config", "storage", "hub", "console"),
     (
         "data",
         "data_*",
         "tokens",
         "packing",
+        "packed_*",
         "cuda_graphs",
         "dropout",
         "metrics",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import Emoray
 
-from emoray.attribution import explain, log_odds
+from emoray.attribution import Occlusion, explain, log_odds
 from emoray.classifier import Classifier
 from emoray.metrics import Calibration
 from emoray.tokens import Tokens
@@ -117,3 +117,10 @@ def test_command(emoray: Emoray, trained_run: Path) -> None:
     assert "words" not in json.loads(emoray("classify", trained_run, "i feel furious", "--json").out)
     assert "because of" not in emoray("classify", trained_run, "i feel furious").out
     assert first
+
+
+def test_a_huge_text_is_not_copied_once_a_word() -> None:
+    text = "one two three " + "x" * 1_000_000
+    variants = Occlusion.of([text], [13]).variants
+    assert [variant[:9] for variant in variants] == [" two thre", "one  thre", "one two  "]
+    assert max(map(len, variants)) < 2000

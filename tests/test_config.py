@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from emoray.config import TrainConfig, flatten, load, nearest, parse
-from emoray.errors import ConfigError
+from emoray.config import TrainConfig, load, parse
+from emoray.config_files import flatten
+from emoray.errors import ConfigError, nearest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SECTIONS = {name: field.annotation for name, field in TrainConfig.model_fields.items()}

@@ -17,7 +17,7 @@ import pytest
 
 from emoray import data, data_hub, hub
 from emoray.config import DataConfig
-from emoray.data import Dataset, load, summary
+from emoray.data import Dataset, load, load_split, summary
 from emoray.errors import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "emotion"
@@ -589,3 +589,17 @@ def test_neither_ray_nor_datasets_is_imported() -> None:
     root = str(Path(__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_ids_without_names_mean_the_same_to_the_model_that_came_of_them(tmp_path: Path) -> None:
+    path = folder(tmp_path, **{name: [(f"{name} {i}", i) for i in (1, 2)] for name in ROWS})
+    labels = ("LABEL_1", "LABEL_2", "LABEL_3")
+    split = load_split(DataConfig(dataset=str(path), labels=labels), "test")
+    assert split.labels.tolist() == [0, 1], "not places in the list"
+
+
+def test_minus_one_is_no_label_whatever_the_file(tmp_path: Path) -> None:
+    for suffix in ("jsonl", "csv"):
+        (tmp_path / suffix).mkdir()
+        path = folder(tmp_path / suffix, suffix, train=[*ROWS["train"], ("one more", -1)])
+        assert any("without a label" in problem for problem in problems(path)), suffix

@@ -46,8 +46,9 @@ def test_launchers_keep_the_house_rules(name: str) -> None:
     types = tree.get("available_node_types", {})
     assert not types or types["head"]["resources"] == {"CPU": 0}
     for group in (group for name, group in types.items() if name != "head"):
-        assert group["min_workers"] == 0 < group["max_workers"] and group["resources"]["GPU"] == 1
-    assert not types or "gpu-spot" in types
+        assert group["min_workers"] == 0 <= group["max_workers"] and group["resources"]["GPU"] == 1
+        assert group["docker"]["worker_run_options"] == ["--gpus=all"]
+    assert not types or ("gpu-spot" in types and types["gpu"]["max_workers"] > 0)
 
 
 def _typo(tree: Tree) -> None:

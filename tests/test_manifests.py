@@ -89,7 +89,7 @@ def test_pods_keep_the_house_rules(overlay: str) -> None:
             spec = group["template"]["spec"]
             (container,) = spec["containers"]
             assert container["resources"]["requests"] == container["resources"]["limits"]
-            assert re.fullmatch(r"emoray:\d+\.\d+\.\d+-[cg]pu", container["image"])
+            assert re.fullmatch(r"registry.example.com/emoray:\d+\.\d+\.\d+-[cg]pu", container["image"])
             assert spec["securityContext"]["runAsNonRoot"] is True and spec["restartPolicy"] == "Never"
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
@@ -229,9 +229,23 @@ def test_only_newest_fields_stay_in_overlays() -> None:
 def test_the_image_has_what_pods_need() -> None:
     recipe = (ROOT / "k8s" / "Dockerfile").read_text()
     assert "==2.60.0" in recipe and " wget " in recipe
+    assert " rsync openssh-client" in recipe, "Ray's launcher needs them in the container"
     for target in ("cpu", "gpu"):
         stage = recipe.split(f"AS {target}\n")[1].split("\nFROM ")[0]
-        assert "USER 1000" in stage and "[onnx,optuna]" in stage
+        assert "USER 1000" in stage and "HOME=/home/ray" in stage and "[onnx,optuna]" in stage
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_gpu_pods_get_the_image_with_cuda_whatever_its_name(overlay: str, tmp_path: Path) -> None:
+    """As the README says to name one's own image."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    for path in (tmp_path / "k8s").rglob("*.yaml"):
+        path.write_text(path.read_text().replace("registry.example.com/emoray", "ghcr.io/we/ours"))
+    command = ["kubectl", "kustomize", str(tmp_path / "k8s" / "overlays" / overlay)]
+    images = set(re.findall(r"image: (ghcr\S+)", subprocess.run(command, capture_output=True, text=True).stdout))
+    assert images == {f"ghcr.io/we/ours:0.1.0-{'cpu' if overlay == 'cpu-small' else 'gpu'}"}
 
 
 def test_alerts_are_the_same_for_both_kinds_of_prometheus() -> None:

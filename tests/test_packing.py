@@ -26,9 +26,10 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from emoray import packing
+from emoray import packed_attention, packed_model, packing
 from emoray.dropout import seed_dropout
-from emoray.packing import PackedBatch, enable_packing, is_packable, pack, packed_logits
+from emoray.packed_model import enable_packing, is_packable, packed_logits
+from emoray.packing import PackedBatch, pack
 
 SHAPE = {
     "vocab_size": 97,
@@ -143,7 +144,7 @@ def test_padded_input_still_works_bit_for_bit_and_saved_config_is_plain(tmp_path
     packed_logits(model, pack(texts))
     assert torch.equal(padded_logits(model, texts), before)
     model.save_pretrained(tmp_path)
-    assert packing.NAME not in (tmp_path / "config.json").read_text()
+    assert packed_model.NAME not in (tmp_path / "config.json").read_text()
     assert torch.equal(padded_logits(AutoModelForSequenceClassification.from_pretrained(tmp_path), texts), before)
 
 
@@ -199,7 +200,7 @@ def test_block_attention_has_the_right_gradient(dropped, first):
     keep = (torch.rand(scores, dtype=torch.float64) > 0.3) / 0.7 if dropped else None
 
     def attend(q, k, v):
-        return packing._BlockAttention.apply(q, k, v, keep, layout, 0.5, first)
+        return packed_attention._BlockAttention.apply(q, k, v, keep, layout, 0.5, first)
 
     assert torch.autograd.gradcheck(attend, states)
 
@@ -212,8 +213,8 @@ def random_states(batch):
 def test_attention_dropout_keeps_the_expectation():
     batch, p = pack(some_texts(8)), 0.3
     states = random_states(batch)
-    exact = packing._in_blocks(*states, batch, 0.35, None, False)
-    draws = torch.stack([packing._in_blocks(*states, batch, 0.35, nn.Dropout(p), False) for _ in range(400)])
+    exact = packed_attention._in_blocks(*states, batch, 0.35, None, False)
+    draws = torch.stack([packed_attention._in_blocks(*states, batch, 0.35, nn.Dropout(p), False) for _ in range(400)])
     assert (draws[0] - draws[1]).abs().max() > 0.1
     z = (draws.mean(0) - exact) / (draws.std(0) / 20 + 1e-6)
     assert z.square().mean() == pytest.approx(1, abs=0.1)
@@ -222,8 +223,8 @@ def test_attention_dropout_keeps_the_expectation():
 def test_padded_block_for_gpus_equals_the_blocks_of_the_cpu():
     batch = pack(some_texts())
     states = random_states(batch)
-    found = packing._one_padded_block(*states, batch, 0.35, 0.0)
-    torch.testing.assert_close(found, packing._in_blocks(*states, batch, 0.35, None, False), atol=1e-5, rtol=0)
+    found = packed_attention._one_padded_block(*states, batch, 0.35, 0.0)
+    torch.testing.assert_close(found, packed_attention._in_blocks(*states, batch, 0.35, None, False), atol=1e-5, rtol=0)
 
 
 def test_bfloat16_by_autocast():

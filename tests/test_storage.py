@@ -13,7 +13,7 @@ from tiny import object_store
 
 from emoray import storage
 from emoray.errors import StorageError
-from emoray.storage import HALF_DONE, Storage, absolute, is_uri
+from emoray.storage import HALF_DONE, Storage, absolute, is_uri, private_folder
 
 Open = Callable[[Path], Storage]
 BOTH = pytest.mark.parametrize("open_at", [lambda folder: Storage(str(folder)), object_store], ids=["local", "objects"])
@@ -231,3 +231,14 @@ def test_a_folder_that_may_not_be_written(locked: Path) -> None:
         Storage(str(locked / "run")).must_be_writable()
     with pytest.raises(StorageError, match="can't be written"):
         Storage(str(locked / "run")).write("a.txt", "a")
+
+
+def test_the_private_folder_is_this_users_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = 4_000_000 + os.getpid()
+    place = Path(f"/tmp/emoray-{number}")
+    monkeypatch.setattr("emoray.storage.os.getuid", lambda: number)
+    try:
+        with pytest.raises(StorageError, match="be yours: remove it"):
+            private_folder()  # made by the one who runs this test, who is somebody else
+    finally:
+        place.rmdir()

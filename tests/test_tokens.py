@@ -17,7 +17,16 @@ from tiny import LABELS, sentences
 
 from emoray import tokens as tokens_module
 from emoray.errors import ModelError
-from emoray.tokens import BatchPlan, Tokens, split_packed, split_padded, tokenize, tokenize_cached, tokenizer_digest
+from emoray.tokens import (
+    BatchPlan,
+    Tokens,
+    filling,
+    split_packed,
+    split_padded,
+    tokenize,
+    tokenize_cached,
+    tokenizer_digest,
+)
 
 MBERT = Path(__file__).parents[2] / "shared" / "data" / "bert-base-multilingual-cased"
 ODD = [
@@ -350,3 +359,24 @@ def test_padding_of_real_texts_is_mostly_gone(tokenizer: Any) -> None:
     assert len(pieces) == 4
     assert real / sum(computed) > real / (int(lengths[rows].max()) * 64)
     assert all(lengths[one].min() >= lengths[other].max() for one, other in pairwise(pieces))
+
+
+def test_a_tokenizer_that_is_set_up_is_left_alone(tokenizer: Any) -> None:
+    """Its setters wait for all threads that encode, and hold Python's lock meanwhile."""
+    fast = tokenizer.backend_tokenizer
+    tokenize(["a b"], fast, 9)
+
+    class Same:
+        padding, truncation = fast.padding, fast.truncation
+        encode_batch_fast = staticmethod(fast.encode_batch_fast)
+
+    assert tokens_module._set(Same(), 9) is None  # type: ignore[arg-type, func-returns-value]
+    with pytest.raises(AttributeError):
+        tokens_module._set(Same(), 8)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 500))
+def test_filling_is_what_split_padded_fills(lengths: list[int], most: int) -> None:
+    sizes = np.sort(np.array(lengths))[::-1]
+    parts = split_padded(np.arange(len(sizes)), sizes, most)
+    assert filling(lengths, most) == sum(int(sizes[part][0]) * len(part) for part in parts) - sum(lengths)

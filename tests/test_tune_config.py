@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from emoray import config as cfg
+from emoray.config_files import override
 from emoray.errors import ConfigError
 from emoray.search_space import Domain, draw, grid
 from emoray.tune_config import Plan, load
@@ -56,7 +57,7 @@ def test_a_trial_is_the_base_with_its_values() -> None:
     plan = load(TUNE, [RATE, "tune.metric=accuracy"])
     values = {"training.learning_rate": 3e-4, "training.train_batch_size": 32}
     trial = plan.trial("0003", "/runs/sweep/trials", values)
-    expected = cfg.override(
+    expected = override(
         plan.base,
         [
             "training.learning_rate=3e-4",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -26,6 +27,9 @@ class Engine(Protocol):
 
     def forward(self, tokens: Tokens) -> NDArray[np.float32]:
         """Logits, float32 [texts, labels], before calibration, in the order of the texts."""
+
+    def padding(self, lengths: Sequence[int]) -> int:
+        """Tokens of padding that it computes beside texts of these lengths."""
 
 
 def own_threads() -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from emoray import packing
+from emoray import packed_model
 from emoray.engines.feeds import Feeds, packed_feeds, padded_feeds
 
 NAME = "emoray_graph"
@@ -29,7 +29,7 @@ _EXAMPLE = tuple(np.arange(1, 2 + size, dtype=np.int32) for size in (4, 6, 9))
 
 @dataclass(frozen=True)
 class _TracedBatch:
-    """What the hooks of packing.py and the attention below need; see `feeds.packed_feeds` for the tensors."""
+    """What the hooks of packed_model.py and the attention below need; see `feeds.packed_feeds` for the tensors."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -46,9 +46,9 @@ class _Packed(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        packing.enable_packing(model)
+        packed_model.enable_packing(model)
         AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, packing.no_mask)
+        AttentionMaskInterface.register(NAME, packed_model.no_mask)
         model.set_attn_implementation(NAME)
 
     def forward(
@@ -62,7 +62,7 @@ class _Packed(nn.Module):
         owner: Tensor,
     ) -> Tensor:
         batch = _TracedBatch(input_ids, position_ids, first, forth, mask, back, owner)
-        return packing.packed_logits(self.model, batch)
+        return packed_model.packed_logits(self.model, batch)
 
 
 class _Padded(nn.Module):
@@ -89,7 +89,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, T, size] each in, [1, T, heads, size] out."""
-    batch = packing.running.get()
+    batch = packed_model.running.get()
     assert isinstance(batch, _TracedBatch)
     heads, size = query.shape[1], query.shape[3]
     texts = batch.forth.shape[0]
@@ -111,7 +111,7 @@ def export(model: PreTrainedModel, path: Path) -> None:
     """Write a model as one ONNX file, float32, with any number and length of texts."""
     model = model.eval().cpu()
     feeds: Feeds
-    if packing.is_packable(model):
+    if packed_model.is_packable(model):
         graph: nn.Module = _Packed(model)
         feeds = packed_feeds(_EXAMPLE)
     else:

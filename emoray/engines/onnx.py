@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from emoray.engines import Name, own_threads
 from emoray.engines.feeds import packed_feeds, padded_feeds
 from emoray.errors import MissingExtraError, ModelError
-from emoray.tokens import Tokens, split_packed, split_padded
+from emoray.tokens import Tokens, filling, split_packed, split_padded
 
 _SLOWER = ["SkipLayerNormFusion"]
 """Rewritings of the graph that ONNX Runtime 1.32 loses by: its fused norm takes six times as long as its parts."""
@@ -65,6 +66,9 @@ class OnnxEngine:
         self._labels, self._pad_id = labels, pad_id
         count = threads or own_threads()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="emoray-onnx") if count > 1 else None
+
+    def padding(self, lengths: Sequence[int]) -> int:
+        return 0 if self._packed else filling(lengths, TOKENS_A_RUN)
 
     def forward(self, tokens: Tokens) -> NDArray[np.float32]:
         lengths = tokens.lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from emoray.engines import Name
 from emoray.errors import ModelError
-from emoray.forward import Forward, score
+from emoray.forward import EVALUATION_TOKENS, Forward, score
 from emoray.model import quiet
-from emoray.tokens import Tokens
+from emoray.tokens import Tokens, filling
 
 TEXTS_A_BATCH = {"cpu": 256, "cuda": 8192}
 
@@ -57,3 +58,6 @@ class TorchEngine:
 
     def forward(self, tokens: Tokens) -> NDArray[np.float32]:
         return score(self._forward, tokens, np.arange(len(tokens)), self._most_texts)
+
+    def padding(self, lengths: Sequence[int]) -> int:
+        return 0 if self._forward.packed else filling(lengths, EVALUATION_TOKENS[self._forward.device.type])

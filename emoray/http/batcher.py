@@ -118,7 +118,7 @@ class Batcher(Generic[P, R]):
         max_tokens: tokens of a batch at the most; one text always fits.
         max_requests: requests that may wait or run at once.
         max_wait_s: a request whose first text would wait longer for its turn is refused.
-        padded: the engine fills texts up to the batch's longest, so that a batch costs longest * texts.
+        padding: tokens that the engine fills up beside texts of these lengths; for the metrics.
         metrics: told of every batch, wait and failure.
     """
 
@@ -129,12 +129,12 @@ class Batcher(Generic[P, R]):
         max_tokens: int,
         max_requests: int = 512,
         max_wait_s: float = 2.0,
-        padded: bool = False,
+        padding: Callable[[Sequence[int]], int] = lambda lengths: 0,
         metrics: Metrics | None = None,
     ) -> None:
         self._run = run
         self._max_tokens, self._max_requests, self._max_wait = max_tokens, max_requests, max_wait_s
-        self._padded = padded
+        self._padding = padding
         self._metrics = metrics or Silent()
         self._queue: list[tuple[float, int, _Text[P, R]]] = []  # a heap by (due, order of arrival)
         self._arrivals = itertools.count()
@@ -211,6 +211,10 @@ class Batcher(Generic[P, R]):
             self._metrics.failure("overloaded")
             raise overloaded(f"with what is waiting this would take {end:.0f} s: try again, or send less", waiting)
 
+    def reconfigure(self, *, max_tokens: int, max_requests: int, max_wait_s: float) -> None:
+        """Take over other limits, from the next batch and request on."""
+        self._max_tokens, self._max_requests, self._max_wait = max_tokens, max_requests, max_wait_s
+
     def _enqueue(self, payloads: Sequence[P], tokens: Sequence[int], now: float, deadline: float) -> _Request[P, R]:
         answer: asyncio.Future[list[R]] = asyncio.get_running_loop().create_future()
         count, total, pace = len(payloads), sum(tokens), self._clock.seconds_a_token
@@ -234,8 +238,8 @@ class Batcher(Generic[P, R]):
             for text in batch:
                 self._metrics.waited(now - text.request.since)
             outcomes = await loop.run_in_executor(self._thread, self._compute, batch)
-            padding = batch[0].tokens * len(batch) - tokens if self._padded else 0
             seconds = self._clock.stop()
+            padding = self._padding([text.tokens for text in batch])
             self.busy_s += seconds
             self._metrics.batch(len(batch), tokens, padding, seconds)
             for text, outcome in zip(batch, outcomes, strict=True):
@@ -245,19 +249,17 @@ class Batcher(Generic[P, R]):
         """The next batch: the first due text that anyone waits for, and those behind it that fit; longest first."""
         batch: list[_Text[P, R]] = []
         passed_over: list[tuple[float, int, _Text[P, R]]] = []
-        budget, total, longest = self._budget(), 0, 0
+        budget, total = self._budget(), 0
         while self._queue and len(passed_over) < LOOK_AHEAD and total < budget:
             entry = heapq.heappop(self._queue)
             text = entry[2]
             if text.request.is_dead():
                 continue
-            peak = max(longest, text.tokens)
-            cost = peak * (len(batch) + 1) if self._padded else total + text.tokens
-            if batch and cost > budget:
+            if batch and total + text.tokens > budget:
                 passed_over.append(entry)
                 continue
             batch.append(text)
-            total, longest = cost, peak
+            total += text.tokens
             text.request.waiting -= text.tokens
             self.queued_tokens -= text.tokens
         for entry in passed_over:

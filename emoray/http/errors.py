@@ -1,6 +1,6 @@
 """The one error body, `{"error": ..., "error_type": ...}`, and the table of statuses.
 
-Everything that can go wrong with a request is a `RequestError`; only this file turns it into bytes.
+Everything that can go wrong with a request is a `RequestError`, which knows its status, body and headers.
 """
 
 from __future__ import annotations
@@ -104,5 +104,9 @@ def unavailable(sentence: str, retry_after: float = 1.0) -> RequestError:
     return RequestError("unavailable", sentence, retry_after=retry_after)
 
 
+def busy() -> RequestError:
+    return RequestError("conflict", "a model is being loaded: look at /info, and try again when it is done")
+
+
 def timed_out(seconds: float) -> RequestError:
-    return RequestError("timeout", f"no answer within {seconds:g} s: send fewer texts, or try again later")
+    return RequestError("timeout", f"no answer within {seconds:.3g} s: send fewer texts, or try again later")

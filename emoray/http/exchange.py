@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
 from emoray.http.errors import RequestError, invalid, timed_out
-from emoray.http.sentences import sentence
+from emoray.http.sentences import findings, sentence
 from emoray.serve_config import LimitsConfig
 
 Scope = MutableMapping[str, Any]
@@ -25,7 +25,6 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 JSON = b"application/json"
-_OCTETS = b"application/octet-stream"
 _DRAIN_S, _DRAIN_BYTES = 2.0, 64 << 20
 """How much of a refused body is still read and thrown away, so that a client that only sends can read its answer."""
 
@@ -192,14 +191,15 @@ def parse(body: bytes, model: type[M]) -> M:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        if error.errors(include_url=False, include_input=False, include_context=False)[0]["type"] != "json_invalid":
-            raise invalid(sentence(error, model)) from None
+        found = findings(error)
+        if found[0]["type"] != "json_invalid":
+            raise invalid(sentence(found, model)) from None
     try:
         # The quick decoder refuses what half an emoji becomes when JavaScript cuts a string: this one reads it.
         content = _whole(json.loads(body.decode("utf-8"), parse_constant=_no_constant))
         return model.model_validate(content)
     except ValidationError as error:
-        raise invalid(sentence(error, model)) from None
+        raise invalid(sentence(findings(error), model)) from None
     except UnicodeDecodeError as error:
         raise RequestError("malformed", f"the body is not UTF-8: byte {error.start} can't be decoded") from None
     except RecursionError:

@@ -174,4 +174,5 @@ if __name__ == "__main__":
     if len(arguments) != 1 or not _NAME.fullmatch(arguments[0]):
         sys.exit("usage: python -m emoray.http.keys NAME [--admin]")
     made, line = new(arguments[0], "--admin" in sys.argv[1:])
-    sys.stdout.write(f"key (shown once):   {made}\nline for the file:  {line}\n")
+    sys.stderr.write(f"key (shown once): {made}\n")
+    sys.stdout.write(f"{line}\n")  # alone, so that `>> keys` makes the file

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoray.attribution import Occlusion
+from emoray.engines.choice import Wanted
 from emoray.errors import EmorayError
 from emoray.http.batcher import Batcher
 from emoray.http.candidate import Candidate, Model, finite, load_model, prepare
-from emoray.http.errors import RequestError, invalid, unavailable
+from emoray.http.errors import RequestError, busy, invalid, unavailable
 from emoray.http.metrics import Metrics, Silent
 from emoray.http.service import Identity, Scored, State
 from emoray.serve_config import GateConfig, ServeConfig
@@ -60,12 +61,12 @@ class LocalService:
     def __init__(
         self, config: ServeConfig, load: Callable[[str], Model] | None = None, metrics: Metrics | None = None
     ) -> None:
-        self._config, self._load = config, load or partial(load_model, engine=config.engine)
+        self._config, self._load = config, load
         self._metrics = metrics or Silent()
         self._served: _Served | None = None
         self._state: State = "starting"
         self._swap: dict[str, Any] = {"state": "idle"}
-        # Two threads, so that one huge text does not hold up the others; a fast tokenizer may be shared.
+        # Two threads, so that one huge text does not hold up the others: a fast tokenizer is shared by them.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="emoray-encode")
         self._loaders = ThreadPoolExecutor(1, thread_name_prefix="emoray-load")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -88,7 +89,7 @@ class LocalService:
 
     async def change_model(self, location: str) -> None:
         if self._state in ("starting", "stopping") or self._swap["state"] == "loading":
-            raise RequestError("conflict", "a model is being loaded: look at /info, and try again when it is done")
+            raise busy()
         self._spawn(self._bring(location))
 
     async def _bring(self, location: str) -> None:
@@ -104,16 +105,18 @@ class LocalService:
         self.adopt(candidate)
         self._swap = {"state": "idle", "from": before, "to": str(candidate.identity), **candidate.comparison}
 
-    async def prepare(self, location: str, gate: GateConfig) -> Candidate:
+    async def prepare(self, location: str, gate: GateConfig, engine: Wanted | None = None) -> Candidate:
         """Load, check and warm a model beside the present one, in a thread.
+
+        Args:
+            engine: None takes the config's.
 
         Raises:
             EmorayError: it can't be served.
         """
         present = self._served.model if self._served else None
-        return await asyncio.get_running_loop().run_in_executor(
-            self._loaders, prepare, location, self._load, present, gate
-        )
+        load = self._load or partial(load_model, engine=engine or self._config.engine)
+        return await asyncio.get_running_loop().run_in_executor(self._loaders, prepare, location, load, present, gate)
 
     def adopt(self, candidate: Candidate) -> None:
         """Put a model into service: one reference changes, and the old one answers what it has."""
@@ -122,9 +125,8 @@ class LocalService:
         model, before = candidate.model, self._served
         batcher = Batcher[Ids, NDArray[np.float32]](
             lambda texts: list(finite(model.forward(Tokens.of(texts)))),
-            max_tokens=self._config.batching.max_tokens,
-            max_requests=self._config.limits.max_queued_requests,
-            max_wait_s=self._config.limits.max_queue_s,
+            **_bounds(self._config),
+            padding=model.engine.padding,
             metrics=self._metrics,
         )
         self._served, self._state = _Served(model, candidate.identity, batcher), "ready"
@@ -181,7 +183,7 @@ class LocalService:
             occlusion, parts = None, [tokens]
             if explain:
                 occlusion = await run(self._encoders, _occlusion, served.model, texts, self._config.limits.max_texts)
-                parts.append(await run(self._encoders, served.model.encode, occlusion.variants))
+                parts.append(await run(self._encoders, _encode_variants, served.model, occlusion))
             if served is self._served:  # else the model was changed meanwhile, and the old queue is closed
                 ids = [part[i] for part in parts for i in range(len(part))]
                 lengths = [length for part in parts for length in part.lengths.tolist()]
@@ -198,8 +200,10 @@ class LocalService:
         return self._served.batcher.busy_s if self._served else 0.0
 
     def reconfigure(self, config: ServeConfig) -> None:
-        """Take over another config; what concerns the queue holds from the next model on."""
+        """Take over another config; its model and engine hold from the next change of the model on."""
         self._config = config
+        if self._served is not None:
+            self._served.batcher.reconfigure(**_bounds(config))
 
     def info(self) -> dict[str, Any]:
         served = self._served
@@ -225,6 +229,15 @@ class LocalService:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
+def _bounds(config: ServeConfig) -> dict[str, Any]:
+    """What a config says of the queue, as the batcher's arguments."""
+    return {
+        "max_tokens": config.batching.max_tokens,
+        "max_requests": config.limits.max_queued_requests,
+        "max_wait_s": config.limits.max_queue_s,
+    }
+
+
 def reason(location: str, error: Exception) -> str:
     """Why a model is not served, in one line for `/info`; the log has the rest."""
     expected = isinstance(error, EmorayError)
@@ -241,6 +254,10 @@ def _occlusion(model: Model, texts: Sequence[str], most: int) -> Occlusion:
             "too_large", f"explaining costs a text more for each word: {words} words, and {most} is the limit"
         )
     return occlusion
+
+
+def _encode_variants(model: Model, occlusion: Occlusion) -> Tokens:
+    return model.encode(occlusion.variants)
 
 
 def _not_there(state: State) -> RequestError:

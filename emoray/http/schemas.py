@@ -6,11 +6,21 @@ send fields that mean nothing here (`options`, `user`, `encoding_format`).
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 Text = Annotated[str, Field(pattern=r"\S", description="Not empty, nor blank.", examples=["i feel wonderful today"])]
+
+
+_INK = re.compile(r"[^\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+"""What is no Unicode White_Space: the `\\S` of pydantic's patterns. Python's own differs by four characters."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether `Text` refuses it, for texts that come another way."""
+    return _INK.search(text) is None
 
 
 def _whole(value: object) -> object:
@@ -40,7 +50,7 @@ def _listed(value: object) -> object:
 
 OneOrMore = Annotated[
     list[Text],
-    Field(min_length=1),
+    Field(min_length=1, fail_fast=True),  # of a million wrong items the first will do
     BeforeValidator(_listed),
     WithJsonSchema({"anyOf": [_TEXT_SCHEMA, _LIST_SCHEMA], "examples": ["i feel wonderful today"]}),
 ]
@@ -60,7 +70,7 @@ class Own(Strict):
 
 
 class ClassifyRequest(Own):
-    texts: Annotated[list[Text], Field(min_length=1)]
+    texts: Annotated[list[Text], Field(min_length=1, fail_fast=True)]
     top_k: TopK | None = None
     truncate: Annotated[bool, Field(description="Cut texts that are too long; else they are refused.")] = True
     explain: Annotated[
@@ -145,7 +155,7 @@ def _tei_inputs(value: object) -> TeiInputs:
 
 
 def _filled(text: str, place: str) -> str:
-    if not text.strip():
+    if is_blank(text):
         raise ValueError(f"{'item ' + place + ' ' if place else ''}must not be empty or blank")
     return text
 
@@ -206,7 +216,10 @@ class V2Input(Strict):
     ]
     datatype: Literal["BYTES"]
     parameters: Annotated[dict[str, Any] | None, Field(description="`binary_data_size` in the binary form.")] = None
-    data: Annotated[list[Text | list[Text]] | None, Field(description="The texts; left out in the binary form.")] = None
+    data: Annotated[
+        Annotated[list[Text | Annotated[list[Text], Field(fail_fast=True)]], Field(fail_fast=True)] | None,
+        Field(description="The texts; left out in the binary form."),
+    ] = None
 
 
 class V2RequestedOutput(Strict):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from emoray.config import nearest
+from emoray.errors import nearest
 
 _MOST = 3
 """Findings in one sentence: more of them only repeat each other."""
@@ -29,13 +31,19 @@ _RULES = {
 }
 
 
-def sentence(error: ValidationError, model: type[BaseModel]) -> str:
+def findings(error: ValidationError) -> list[ErrorDetails]:
+    """What pydantic found, without the input: it may be large, and it is the caller's text."""
+    return error.errors(include_url=False, include_input=False)
+
+
+def sentence(found: Sequence[ErrorDetails], model: type[BaseModel]) -> str:
     """The first few findings, each with its field's place, e.g. `texts[3]: must be a string`."""
-    # The input is left out already here: it may be large, and it is the caller's text.
-    found = error.errors(include_url=False, include_input=False)
-    parts = list(dict.fromkeys(_finding(item, model) for item in found))
-    more = f"; and {len(parts) - _MOST} more like these" if len(parts) > _MOST else ""
-    return "; ".join(parts[:_MOST]) + more
+    parts: dict[str, None] = {}
+    for place, item in enumerate(found):
+        if len(parts) == _MOST:  # there may be a hundred thousand more
+            return "; ".join(parts) + f"; and {len(found) - place} more like these"
+        parts.setdefault(_finding(item, model))
+    return "; ".join(parts)
 
 
 def _finding(item: Any, model: type[BaseModel]) -> str:

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable
 
 from emoray.http.errors import RequestError, invalid
+from emoray.http.schemas import is_blank
 
 OCTETS = b"application/octet-stream"
 LENGTH = b"inference-header-content-length"
@@ -61,7 +62,7 @@ def _text(data: bytes, place: int) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise invalid(f"text {place} of the binary tensor is not UTF-8") from None
-    if not text.strip():
+    if is_blank(text):
         raise invalid(f"text {place} of the binary tensor is empty or blank")
     return text
 

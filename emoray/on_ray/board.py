@@ -15,9 +15,12 @@ from typing import Any
 
 from ray.experimental import internal_kv as kv
 
+from emoray.engines.choice import Wanted
+
 _NAMESPACE = b"emoray"
 SILENT_S = 6.0
 """A replica whose beat has stood still for so long is dead, in seconds: its vote is not awaited."""
+_FORGOTTEN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,25 @@ class Change:
     Attributes:
         number: changes come one after the other.
         model: folder or URI.
-        declared: the model that the deployment's config named then; one that differs is a newer wish.
+        engine: that is to run it, as `ServeConfig.engine`.
+        declared: the `wish` of the deployment's config then; one that differs is newer.
         gate: what the model must have reached, a `GateConfig` as JSON.
     """
 
     number: int
     model: str
+    engine: Wanted
     declared: str
     gate: Mapping[str, Any]
+
+    @property
+    def wish(self) -> str:
+        return wish(self.model, self.engine)
+
+
+def wish(model: str, engine: str) -> str:
+    """What a config asks for, as one string to compare."""
+    return f"{model} in {engine}"
 
 
 class Board:
@@ -57,12 +71,12 @@ class Board:
         assert content is not None
         return Change(number, **content)
 
-    def propose(self, model: str, declared: str, gate: Mapping[str, Any]) -> Change | None:
+    def propose(self, model: str, engine: Wanted, declared: str, gate: Mapping[str, Any]) -> Change | None:
         """Ask for a model; None where an earlier change has no verdict yet, or someone else was faster."""
         number = self.latest() + 1
         if number > 1 and self.verdict(number - 1) is None:
             return None
-        content: dict[str, Any] = {"model": model, "declared": declared, "gate": dict(gate)}
+        content: dict[str, Any] = {"model": model, "engine": engine, "declared": declared, "gate": dict(gate)}
         return Change(number, **content) if self._create(f"change/{number:08d}", content) else None
 
     def vote(self, number: int, replica: str, vote: Mapping[str, Any]) -> None:
@@ -110,6 +124,8 @@ class Board:
             self._beats[name] = (said["beat"], since)
             if now - since < SILENT_S:
                 living[name] = said
+            elif now - since > _FORGOTTEN_S:  # it was killed, and could not leave
+                self.leave(name)
         return living
 
     def wipe(self) -> None:

@@ -27,6 +27,7 @@ from emoray.errors import ClusterError, EmorayError, RunError, StorageError
 from emoray.on_ray import cluster
 from emoray.on_ray.cluster import Placement
 from emoray.storage import Storage
+from emoray.task import with_absolute_paths
 
 _CONNECT_S = 3.0
 _GCS_S = 6.0
@@ -248,8 +249,6 @@ def run_folder(case: Case) -> Iterator[Finding]:
     """Whether the run of this name can be begun or continued."""
     if case.task is None or case.config is None:
         return
-    from emoray.on_ray.train import with_absolute_paths  # Ray Train takes seconds to load
-
     config = with_absolute_paths(case.config)
     try:
         folder = run.open_run(config)

@@ -11,7 +11,6 @@ load it would do nothing else, its health checks would fail, and all would fall 
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import shutil
 import socket
@@ -19,10 +18,11 @@ from pathlib import Path
 
 from emoray.http.errors import KINDS, RequestError, overloaded, unavailable
 from emoray.serve_config import HttpConfig
+from emoray.storage import private_folder
 
 RETRIES = 12
 """How often a request is tried again; a replica that has just died is marked down after the third failure."""
-UNDER_WAY = 160
+UNDER_WAY = 128
 """Requests at a replica at once, at the most: enough for full batches. More would only make all of them wait longer."""
 HEAD_S = 10
 """Seconds in which a request's head must have come."""
@@ -67,8 +67,7 @@ def environment(folder: Path, http: HttpConfig, cpus: int, timeout_s: float, mos
         most: requests that a replica takes on at once.
     """
     metrics, statistics, fallback = _free_ports(3) if http.proxy_ports == "auto" else http.proxy_ports
-    private = _private()
-    private.mkdir(mode=0o700, exist_ok=True)
+    private = private_folder()  # Ray's own place, /tmp/haproxy-serve, is whoever came first's
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(private / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(private / "admin.sock"),
@@ -105,12 +104,7 @@ def tidy(node: str) -> None:
     Args:
         node: id of its only node.
     """
-    shutil.rmtree(_private() / node, ignore_errors=True)
-
-
-def _private() -> Path:
-    """Ray's own place, /tmp/haproxy-serve, is whoever came first's. A socket's path must be short."""
-    return Path("/tmp") / f"emoray-{os.getuid()}"
+    shutil.rmtree(private_folder() / node, ignore_errors=True)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -132,7 +126,10 @@ def prepare(folder: Path, binary: str, ports: tuple[int, ...], most: int) -> Pat
     edits = [rf"s/^( *bind) [*]?:{port}$/\1 127.0.0.1:{port}/" for port in ports]
     edits += ["/^ *errorfile /d", "/^ *log /d", "/^ *option (httplog|log-health-checks)$/d"]
     # What changes something is not sent again: the model's change.
-    edits.append(r"s/^frontend http_frontend$/&\n    http-request disable-l7-retry if METH_PUT/")
+    named = "http-after-response set-header x-request-id %[uuid()] unless { res.hdr(x-request-id) -m found }"
+    edits.append(rf"s/^frontend http_frontend$/&\n    http-request disable-l7-retry if METH_PUT\n    {named}/")
+    # Where no application is (yet), Ray has a plain 404, after which no client would try again.
+    edits.append(r"s/^( *http-request return status) 404 content-type .*$/\1 503 default-errorfiles/")
     pages = [f"    timeout http-request {HEAD_S}s"]
     for status, error in _TEXTS.items():
         page = folder / f"{status}.http"

@@ -239,8 +239,6 @@ def _own_words(status: int, headers: dict[bytes, bytes]) -> RequestError | None:
         return None
     if status == 408:
         return RequestError("timeout", "no replica answered in time: try again later")
-    if status == 404:
-        return RequestError("not_found", "no application answers here (yet)")
     if status == 429:
         return overloaded("the replicas are full: try again soon", 1)
     return unavailable("no replica can answer now: try again soon", 2)

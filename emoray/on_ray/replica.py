@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from emoray.errors import ModelError
 from emoray.http.candidate import Candidate, Model
-from emoray.http.errors import RequestError
+from emoray.http.errors import busy
 from emoray.http.local import LocalService, reason
 from emoray.http.metrics import Metrics
 from emoray.http.service import Identity, Scored, State
 from emoray.on_ray import shares
-from emoray.on_ray.board import Board, Change, judge
+from emoray.on_ray.board import Board, Change, judge, wish
 from emoray.serve_config import GateConfig, ServeConfig
 
 _log = logging.getLogger("emoray.http")
@@ -49,9 +49,10 @@ class ReplicaService:
     ) -> None:
         self._elsewhere = elsewhere
         self._local = LocalService(config, load, metrics)
-        self._declared, self._gate, self._base = config.model, config.gate, base
+        self._declared, self._engine, self._gate, self._base = config.model, config.engine, config.gate, base
         self._board, self._name = board, name
         self._handled = 0
+        self._in_service = 0  # number of the change whose model serves here
         self._candidate: tuple[int, Candidate | None] = (0, None)
         self._swap: dict[str, Any] = {"state": "idle"}
         self._peers: dict[str, Any] = {}
@@ -108,38 +109,42 @@ class ReplicaService:
         await self._local.close()
 
     async def reconfigure(self, config: ServeConfig) -> None:
-        """Take over another config; a model that it newly declares is proposed to all replicas."""
+        """Take over another config; a model or engine that it newly declares is proposed to all replicas."""
         self._local.reconfigure(config)
         self._gate = config.gate
-        if config.model != self._declared:
-            self._declared = config.model
-            self._tasks.append(asyncio.get_running_loop().create_task(self._declare()))
+        if (config.model, config.engine) != (self._declared, self._engine):
+            self._declared, self._engine = config.model, config.engine
+            self._start_declaring()
+
+    def _start_declaring(self) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(self._declare()))
 
     async def _declare(self) -> None:
         """See to it that the newest wish is the one that the deployment's config declares."""
         while True:
             with _store_may_be_away("declaring a model"):
                 number = await _in_thread(self._board.latest)
-                if number and self._declared in await self._wishes(number):
+                if number and wish(self._declared, self._engine) in await self._wishes(number):
                     return
                 await self._propose(self._declared)
             await asyncio.sleep(_LOOK_S / 4)  # an open change comes first; another replica may have been faster
 
     async def _wishes(self, number: int) -> set[str]:
-        """The models that a change stands for: the one that was declared then, and its own unless it was refused."""
+        """What a change stands for: what was declared then, and its own wish unless it was refused."""
         change = await _in_thread(self._board.change, number)
         refused = "error" in (await _in_thread(self._board.verdict, number) or {})
-        return {change.declared} if refused else {change.declared, change.model}
+        return {change.declared} if refused else {change.declared, change.wish}
 
     async def _propose(self, model: str) -> Change | None:
-        return await _in_thread(self._board.propose, model, self._declared, self._gate.model_dump(mode="json"))
+        declared, gate = wish(self._declared, self._engine), self._gate.model_dump(mode="json")
+        return await _in_thread(self._board.propose, model, self._engine, declared, gate)
 
     async def change_model(self, location: str) -> None:
         if self.state != "ready":
-            raise _busy()
+            raise busy()
         change = await self._propose(location)
         if change is None:
-            raise _busy()
+            raise busy()
         self._swap = {"state": "loading", "to": location, "change": change.number}
 
     def info(self) -> dict[str, Any]:
@@ -167,7 +172,7 @@ class ReplicaService:
             self._up.set_exception(ModelError(reason(self._declared, error)))
             return
         self._up.set_result(None)
-        await self._declare()
+        self._start_declaring()  # beside, for an open change wants this replica's vote first
         while True:
             with _store_may_be_away("looking after model changes"):
                 await self._follow()
@@ -179,21 +184,25 @@ class ReplicaService:
             accepted: Change | None = await _in_thread(self._board.accepted)
             if accepted is not None and accepted.number == self._handled:
                 return
-            model = accepted.model if accepted else self._declared
-            gate = GateConfig() if accepted else self._gate  # what was let in once may not be refused later
-            self._local.adopt(await self._local.prepare(self._place(model), gate))
-            if accepted is not None:
-                verdict = await _in_thread(self._board.verdict, accepted.number) or {}
-                self._handled, self._swap = accepted.number, verdict.get("swap", self._swap)
-            else:
+            if accepted is None:
+                self._local.adopt(await self._local.prepare(self._place(self._declared), self._gate, self._engine))
                 await self._settle_first()
+                continue
+            await self._take_over(accepted)
+            verdict = await _in_thread(self._board.verdict, accepted.number) or {}
+            self._handled, self._swap = accepted.number, verdict.get("swap", self._swap)
+
+    async def _take_over(self, accepted: Change) -> None:
+        """Serve what the others serve, which may not be refused here: it was let in once."""
+        self._local.adopt(await self._local.prepare(self._place(accepted.model), GateConfig(), accepted.engine))
+        self._in_service = accepted.number
 
     async def _settle_first(self) -> None:
         """Write down what was started with: the first change. Of several first replicas any one may settle it."""
         await self._propose(self._declared)
-        if (await _in_thread(self._board.change, 1)).model == self._declared:
+        if (await _in_thread(self._board.change, 1)).wish == wish(self._declared, self._engine):
             await _in_thread(self._board.settle, 1, {"model": str(self.identity), "swap": self._swap})
-            self._handled = 1
+            self._handled = self._in_service = 1
 
     async def _follow(self) -> None:
         """One look at the board: load what is proposed, vote, and take over what is decided."""
@@ -212,15 +221,19 @@ class ReplicaService:
                 return
             verdict = await _in_thread(self._board.settle, number, found)
         if "error" in verdict:
+            accepted = await _in_thread(self._board.accepted)
+            if accepted is not None and accepted.number > self._in_service:
+                await self._take_over(accepted)  # a change that this replica was too silent to take part in
             self._local.refuse()
             self._swap = {"state": "failed", "to": change.model, "change": number, "error": verdict["error"]}
         else:
             await self._vote(change)
             candidate = self._candidate[1]
             if candidate is None:
+                self._candidate = (0, None)  # so that it is loaded again
                 raise ModelError(f"{change.model}: the others have it, but it can't be loaded here")
             self._local.adopt(candidate)
-            self._swap = verdict["swap"]
+            self._in_service, self._swap = number, verdict["swap"]
         self._handled, self._candidate = number, (0, None)
 
     async def _vote(self, change: Change) -> None:
@@ -228,7 +241,8 @@ class ReplicaService:
         if self._candidate[0] == change.number:
             return
         try:
-            candidate = await self._local.prepare(self._place(change.model), GateConfig.model_validate(change.gate))
+            gate = GateConfig.model_validate(change.gate)
+            candidate = await self._local.prepare(self._place(change.model), gate, change.engine)
             self._candidate, model = (change.number, candidate), str(candidate.identity)
             facts = {"from": str(self.identity), "to": model, "change": change.number, **candidate.comparison}
             vote: dict[str, Any] = {"model": model, "swap": {"state": "idle", **facts}}
@@ -256,10 +270,6 @@ def place(location: str, base: str) -> str:
     named = os.path.join(base, "runs", location)
     below = os.path.join(base, location)
     return named if not os.path.exists(below) and os.path.exists(named) else below
-
-
-def _busy() -> RequestError:
-    return RequestError("conflict", "a model is being loaded: look at /info, and try again when it is done")
 
 
 async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:

@@ -19,6 +19,7 @@ from ray import serve
 from emoray import __version__
 from emoray.http import keys as api_keys
 from emoray.http.app import App, access_log, make_app
+from emoray.http.errors import unavailable
 from emoray.http.keys import Keys
 from emoray.http.service import Scored
 from emoray.on_ray import straight
@@ -37,6 +38,8 @@ DRAIN_S = 60.0
 _LOOK_BACK_S = 5.0
 """Over how many seconds what replicas report is averaged."""
 _LOG_BYTES = 50 << 20
+_ASKED = 4
+"""How often another replica is looked for to share a request with."""
 
 
 def scope() -> str:
@@ -50,7 +53,7 @@ def scope() -> str:
     return f"{_get_global_client()._controller._actor_id.hex()}/{app}"
 
 
-class Front:
+class LateApp:
     """What Ray Serve takes for the app: the real one wants a config, which comes a moment later, in `reconfigure`."""
 
     app: App
@@ -82,7 +85,7 @@ class Endpoint:
         self._name = str(context.replica_id.unique_id)
         self._metrics = RayMetrics()
         self._service: ReplicaService | None = None
-        self._front = Front()
+        self._front = LateApp()
         straight.set_app(self._front)
         self._others: Any = None
         self._before = (time.monotonic(), 0.0)
@@ -118,8 +121,10 @@ class Endpoint:
         await self._service.start()
         await self._service.until_up()  # what can't serve yet must not be given requests
 
-    async def share(self, texts: list[str], seconds: float) -> Scored:
-        """Texts of a request that another replica has; see `emoray.on_ray.shares`."""
+    async def share(self, texts: list[str], seconds: float, sender: str) -> Scored | None:
+        """Texts of a request that another replica has (see `emoray.on_ray.shares`); None where that is this one."""
+        if sender == self._name:
+            return None
         assert self._service is not None
         return await self._service.classify_here(texts, time.monotonic() + seconds)
 
@@ -127,8 +132,11 @@ class Endpoint:
         if self._others is None:
             context = serve.get_replica_context()
             self._others = serve.get_deployment_handle(context.deployment, context.app_name)
-        scored: Scored = await self._others.share.remote(list(texts), seconds)
-        return scored
+        for _ in range(_ASKED):  # Ray Serve may choose this very replica
+            scored: Scored | None = await self._others.share.remote(list(texts), seconds, self._name)
+            if scored is not None:
+                return scored
+        raise unavailable("no other replica was found")
 
     async def check_health(self) -> None:
         if self._service is not None and self._service.state == "failed":

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import tempfile
 import threading
 import time
 import urllib.error
@@ -29,11 +28,12 @@ from emoray.errors import ClusterError, ModelError
 from emoray.export import prepare
 from emoray.http import keys as api_keys
 from emoray.on_ray import cluster, front
-from emoray.on_ray.board import Board
+from emoray.on_ray.board import Board, wish
 from emoray.on_ray.guard import VARIABLE, Settings
 from emoray.on_ray.replica import place
 from emoray.on_ray.serve import APP, application, resources, scope
 from emoray.serve_config import ServeConfig
+from emoray.storage import private_folder
 
 Say = Callable[[str], None]
 
@@ -98,9 +98,10 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
         with ThreadPoolExecutor(1) as beside:
             proxies = beside.submit(_start_serve, config, is_here)
             url = _address(config, proxies)
-            model = _deploy(config, keys, say)
+            board, number = _deploy(config, keys, say)
             proxies.result()
-        _until_ready(url)
+        _until_ready(url)  # which also wakes an endpoint that sleeps
+        model = _until_all_have(board, number)
         with _found_by_others(config.http.port, is_here):
             yield Ready(url, model, cluster.dashboard(), is_here, joined, bool(keys))
     finally:
@@ -197,11 +198,11 @@ def _address(config: ServeConfig, proxies: Future[None]) -> str:
     return f"http://{host}:{running.port}"
 
 
-def _deploy(config: ServeConfig, keys: api_keys.Keys, say: Say) -> str:
-    """Deploy, and return the model that answers then."""
+def _deploy(config: ServeConfig, keys: api_keys.Keys, say: Say) -> tuple[Board, int]:
+    """Deploy; returns the board and the number of the change that brings the config's model."""
     board = Board(scope())
     config = config.model_copy(update={"model": place(config.model, os.getcwd())})
-    runs = APP in serve.status().applications and bool(board.alive())
+    runs = _has_replicas() and bool(board.alive())
     if runs:
         number = _change(board, config, say)  # first, so that a model that is refused leaves the old config
     else:
@@ -215,7 +216,14 @@ def _deploy(config: ServeConfig, keys: api_keys.Keys, say: Say) -> str:
         if not runs:
             serve.delete(APP)
         raise
-    return _until_all_have(board, number)
+    return board, number
+
+
+def _has_replicas() -> bool:
+    application = serve.status().applications.get(APP)
+    return application is not None and any(
+        part.replica_states.get("RUNNING", 0) for part in application.deployments.values()
+    )
 
 
 def _until_running(say: Say) -> None:
@@ -246,8 +254,9 @@ def _change(board: Board, config: ServeConfig, say: Say) -> int:
     """
     until = time.monotonic() + PATIENCE_S
     accepted = board.accepted()
-    declared = accepted.declared if accepted else config.model
-    while (change := board.propose(config.model, declared, config.gate.model_dump(mode="json"))) is None:
+    declared = accepted.declared if accepted else wish(config.model, config.engine)
+    gate = config.gate.model_dump(mode="json")
+    while (change := board.propose(config.model, config.engine, declared, gate)) is None:
         time.sleep(0.2)
         if time.monotonic() > until:
             raise ClusterError("An earlier model change has not ended: see /info")
@@ -286,9 +295,7 @@ def _until_ready(url: str) -> None:
 
 def _note(port: int) -> Path:
     """Where an endpoint whose Ray was started for it alone notes how to find it."""
-    folder = Path(tempfile.gettempdir()) / f"emoray-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder / f"serve-{port}.json"
+    return private_folder() / f"serve-{port}.json"
 
 
 def _join_own(port: int) -> bool:

@@ -80,7 +80,10 @@ class _Held:
         return getattr(self._transport, name)
 
     def write(self, part: bytes) -> None:
-        self._parts.append(part)
+        if part.startswith(b"HTTP/1.1 100 "):  # the client sends its body only then
+            self._transport.write(part)
+        else:
+            self._parts.append(part)
 
     def flush(self) -> None:
         parts, self._parts = self._parts, []

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -25,10 +25,11 @@ from emoray.on_ray import cluster, elastic, ray_train
 from emoray.on_ray.channel import open_channel
 from emoray.on_ray.cluster import Placement
 from emoray.on_ray.failures import Failures, describe, user_error
+from emoray.on_ray.run_events import RunEvents, Watcher
 from emoray.on_ray.train_metrics import DriverMetrics
 from emoray.on_ray.worker import run_worker
-from emoray.storage import Storage, absolute, is_uri
-from emoray.task import Task, prepare
+from emoray.storage import Storage
+from emoray.task import Task, prepare, with_absolute_paths
 from emoray.world import WORKER_ENVIRONMENT
 
 _POLL_S = 0.2
@@ -40,25 +41,6 @@ _ANSWER_S = 15.0
 
 _ROOM_WAIT_S = 600.0
 """How long a run that lost its nodes waits for room for its workers, in seconds."""
-
-_SILENCE_S = 300.0
-"""After so long without a word from the workers, that is told, in seconds."""
-
-
-class Watcher(Protocol):
-    """Shows a person, or a log, what happens."""
-
-    def say(self, line: str) -> None:
-        """A sentence."""
-
-    def row(self, row: dict[str, Any], total_steps: int) -> None:
-        """A row of the history, now and then."""
-
-    def evaluation(self, entry: dict[str, Any]) -> None:
-        """A line of the results table."""
-
-    def begin(self, facts: dict[str, Any]) -> None:
-        """Workers start: `step`, `total_steps`, the `evaluations` so far, and the `optimizer` that worker 0 made."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +96,8 @@ def train(config: TrainConfig, watcher: Watcher, stint: Stint | None = None) -> 
         placement = cluster.place(config.workers)
         _say_placement(watcher, placement, dashboard)
         if config.run.on_existing == "replace":
+            # Fenced off first, or an older attempt that still trains could leave a checkpoint of its recipe behind.
+            run.Attempt.begin(folder, {**task.identity, "recipe": {}})
             run.clear(folder)
         # Before there is room: an older attempt at this run may hold it, and lets go when it sees this one.
         attempt = run.Attempt.begin(folder, task.identity)
@@ -130,23 +114,6 @@ def put_weights(weights: nn.Module) -> Any:
     return ray.put({name: tensor.numpy() for name, tensor in weights.state_dict().items()})
 
 
-def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The config with paths that mean the same in every process: workers run in other folders."""
-    storage = absolute(config.run.storage_path)
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"storage_path": storage}),
-            "model": config.model.model_copy(update={"pretrained": _absolute_if_here(config.model.pretrained)}),
-            "data": config.data.model_copy(update={"dataset": _absolute_if_here(config.data.dataset)}),
-        }
-    )
-
-
-def _absolute_if_here(name: str) -> str:
-    expanded = os.path.expanduser(name)
-    return name if is_uri(name) or name == "quickstart" or not os.path.exists(expanded) else absolute(expanded)
-
-
 def _say_placement(watcher: Watcher, placement: Placement, dashboard: str | None) -> None:
     count = str(placement.max_workers)
     if placement.min_workers < placement.max_workers:
@@ -160,30 +127,16 @@ class _Fit:
     """One call of Ray Train, watched from the main thread, so that signals stop it in good order."""
 
     def __init__(
-        self,
-        stint: Stint,
-        folder: Storage,
-        attempt: int,
-        placement: Placement,
-        scratch: str,
-        watcher: Watcher,
+        self, stint: Stint, folder: Storage, attempt: int, placement: Placement, scratch: str, watcher: Watcher
     ) -> None:
-        task, self.wished_stop = stint.task, stint.stop
-        self.watcher, self.folder = watcher, folder
+        config = stint.task.config
+        self.watcher, self.folder, self.wished_stop = watcher, folder, stint.stop
+        self.max_failures = config.workers.max_failures
         self.metrics = DriverMetrics(folder.location)
-        self.max_failures = task.config.workers.max_failures
+        self.events = RunEvents(watcher, self.metrics, self.max_failures)
         self.channel = open_channel()
-        self.results: dict[str, Any] | None = None
-        self.stopped: str | None = None
-        self.error: BaseException | None = None
-        self.failure: dict[str, Any] | None = None
-        self.step = 0
-        self.heard_at = self.answered_at = time.monotonic()
-        self.signals: list[int] = []
-        self.asked_at: float | None = None
-        config = FailureConfig(max_failures=self.max_failures)
         job = {
-            "task": ray.put(task),
+            "task": ray.put(stint.task),
             "state": stint.state,
             "pause_after": stint.pause_after,
             "run": folder.location,
@@ -191,26 +144,11 @@ class _Fit:
             "channel": self.channel,
             "cpus": placement.cpus,
         }
-        room_wait_s = max(_ROOM_WAIT_S, task.config.workers.wait_for_nodes_s)
-        self.trainer = ray_train.Trainer(
-            run_worker,
-            train_loop_config=job,
-            torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
-            scaling_config=_scaling(placement),
-            run_config=RunConfig(
-                name=f"{task.config.run.name}-{attempt}",
-                # Ray's own marker file goes here; checkpoints are ours, in the run's folder.
-                storage_path=scratch,
-                failure_config=config,
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
-                callbacks=[
-                    ray_train.CatchSigterm(),
-                    elastic.SaveBeforeResize(self.channel),
-                    elastic.Brake(self.channel, room_wait_s),
-                ],
-            ),
-        )
-        self.trainer.policy = Failures(config, self.channel, room_wait_s)
+        self.trainer = _trainer(job, config, placement, scratch, self.channel)
+        self.error: BaseException | None = None
+        self.answered_at = time.monotonic()
+        self.signals: list[int] = []
+        self.asked_at: float | None = None
 
     def run(self) -> dict[str, Any]:
         thread = threading.Thread(target=self._fit, daemon=True, name="ray-train")
@@ -278,70 +216,20 @@ class _Fit:
             events = ray.get(self.channel.fetch.remote(), timeout=_ANSWER_S)
         except (ray.exceptions.RayError, TimeoutError):
             return  # the actor is being started anew
-        for event in events:
-            getattr(self, f"_on_{event['kind']}")(event)
-        self._mind_silence(heard=bool(events))
-
-    def _mind_silence(self, heard: bool) -> None:
-        now = time.monotonic()
-        if heard:
-            self.heard_at = now
-        elif now - self.heard_at > _SILENCE_S:
-            self.heard_at = now
-            self.watcher.say(
-                f"No word from the workers for {_SILENCE_S / 60:g} min; the last one was of step {self.step}"
-            )
-
-    def _on_note(self, event: dict[str, Any]) -> None:
-        self.watcher.say(event["text"])
-
-    def _on_start(self, event: dict[str, Any]) -> None:
-        self.step, count, self.stopped = event["step"], event["workers"], None
-        self.watcher.begin(event)
-        self.metrics.started(self.step)
-        workers = f"{count} worker{'s' * (count > 1)}"
-        if self.step:
-            self.watcher.say(f"Going on from step {self.step} with {workers}")
-        elif self.failure is not None:
-            self.watcher.say(f"Starting again from step 0 with {workers}, since no checkpoint had been written")
-
-    def _on_row(self, event: dict[str, Any]) -> None:
-        self.step = event["row"]["step"]
-        self.watcher.row(event["row"], event["total_steps"])
-
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
-        self.watcher.evaluation(event["entry"])
-
-    def _on_failure(self, event: dict[str, Any]) -> None:
-        self.failure = event
-        if event["final"]:
-            return
-        if not event["retry"]:
-            then = "no attempt is left" if event["spent"] else "it is given up"
-        elif event["spent"]:
-            then = f"attempt {event['attempt'] + 1} of {self.max_failures + 1} follows"
-        else:
-            then = "the run is taken up again, no attempt is spent"
-        self.watcher.say(f"{event['who']} failed after step {self.step}: {event['reason']}; {then}")
-
-    def _on_stopped(self, event: dict[str, Any]) -> None:
-        self.stopped = event["text"]
-
-    def _on_results(self, event: dict[str, Any]) -> None:
-        self.results = event["results"]
+        self.events.take(events)
 
     def _outcome(self) -> dict[str, Any]:
-        if self.results is not None:
-            return self.results
-        if self.signals or self.wished_stop.is_set() or (self.stopped and self.error is None):
-            error = InterruptedRunError(self.stopped or "Stopped; the same command goes on from the last checkpoint.")
+        if self.events.results is not None:
+            return self.events.results
+        mendable = self.error if isinstance(self.error, EmorayError) else user_error(self.error)
+        if mendable is not None:  # also where a stop was asked for: it may have kept that from saving
+            raise mendable
+        if self.signals or self.wished_stop.is_set() or (self.events.stopped and self.error is None):
+            error = InterruptedRunError(
+                self.events.stopped or "Stopped; the same command goes on from the last checkpoint."
+            )
             error.signal = self.signals[0] if self.signals else None
             raise error
-        mendable = user_error(self.error)
-        if isinstance(self.error, EmorayError):
-            mendable = self.error
-        if mendable is not None:
-            raise mendable
         if self.error is None and (done := run.results(self.folder)) is not None:
             return done  # the actor that carries the results was lost
         raise RunError(
@@ -350,9 +238,40 @@ class _Fit:
         ) from self.error
 
     def _last_failure(self) -> str:
-        if self.failure is not None:
-            return f"{self.failure['who']}: {self.failure['reason']}"
+        if self.events.failure is not None:
+            return f"{self.events.failure['who']}: {self.events.failure['reason']}"
         return ": ".join(describe(self.error, {})) if self.error is not None else "Ray Train ended without a result"
+
+
+def _trainer(
+    job: dict[str, Any], config: TrainConfig, placement: Placement, scratch: str, channel: Any
+) -> ray_train.Trainer:
+    """Ray Train, ready to run `run_worker(job)` on each worker.
+
+    Args:
+        scratch: folder for Ray's own marker file; checkpoints are ours, in the run's folder.
+    """
+    failures = FailureConfig(max_failures=config.workers.max_failures)
+    room_wait_s = max(_ROOM_WAIT_S, config.workers.wait_for_nodes_s)
+    trainer = ray_train.Trainer(
+        run_worker,
+        train_loop_config=job,
+        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+        scaling_config=_scaling(placement),
+        run_config=RunConfig(
+            name=f"{config.run.name}-{job['attempt']}",
+            storage_path=scratch,
+            failure_config=failures,
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            callbacks=[
+                ray_train.CatchSigterm(),
+                elastic.SaveBeforeResize(channel),
+                elastic.Brake(channel, room_wait_s),
+            ],
+        ),
+    )
+    trainer.policy = Failures(failures, channel, room_wait_s)
+    return trainer
 
 
 def _scaling(placement: Placement) -> ScalingConfig:

@@ -17,7 +17,6 @@ import ray
 from ray import tune
 
 from emoray import model, run
-from emoray.config import TrainConfig
 from emoray.errors import (
     EmorayError,
     FencedError,
@@ -27,15 +26,15 @@ from emoray.errors import (
 )
 from emoray.on_ray import cluster
 from emoray.on_ray.stints import Course, Library, Stints
-from emoray.on_ray.train import put_weights, with_absolute_paths
+from emoray.on_ray.train import put_weights
 from emoray.on_ray.train_metrics import SweepMetrics
 from emoray.on_ray.trial import TrialRun
 from emoray.on_ray.tune_search import must_have_optuna
 from emoray.run import Attempt
-from emoray.storage import Storage
+from emoray.storage import Storage, absolute
 from emoray.sweep import RESULTS, Sweep, read_records
 from emoray.sweep_results import finish
-from emoray.task import Task, prepare
+from emoray.task import Task, prepare, with_absolute_paths
 from emoray.tune_config import Plan
 
 _POLL_S = 0.2
@@ -72,7 +71,7 @@ def sweep_on_ray(plan: Plan, watcher: SweepWatcher) -> dict[str, Any]:
         EmorayError: whatever a person must mend; no trial was started where it comes before the first one.
     """
     plan = replace(plan, base=with_absolute_paths(plan.base))
-    folder = Storage(_absolute(plan)) / plan.config.run.name
+    folder = Storage(absolute(plan.config.run.storage_path)) / plan.config.run.name
     if plan.config.run.on_existing == "fail" and folder.exists():
         raise RunExistsError(f"{folder.location}: exists, and run.on_existing is fail: choose another run.name")
     folder.must_be_writable()
@@ -105,10 +104,6 @@ def sweep_on_ray(plan: Plan, watcher: SweepWatcher) -> dict[str, Any]:
         _say_beginning(watcher, sweep, placement, at_once)
         _Driver(sweep, attempt, watcher, at_once, task, put_weights(weights)).run()
         return finish(sweep, attempt, watcher.say)
-
-
-def _absolute(plan: Plan) -> str:
-    return with_absolute_paths(TrainConfig(run=plan.config.run)).run.storage_path
 
 
 def _same_workers(plan: Plan, attempt: Attempt, placement: cluster.Placement, at_once: int) -> tuple[Plan, int]:

@@ -33,7 +33,7 @@ class Dummy:
     labels = LABELS
     calibration = Calibration()
     max_length = MAX_LENGTH
-    engine: Any = SimpleNamespace(name="torch", figures={})
+    engine: Any = SimpleNamespace(name="torch", figures={}, padding=lambda lengths: 0)
 
     def __init__(self, name: str = "emotion", shift: float = 0.0, fingerprint: str = "0123456789ab") -> None:
         self.facts: dict[str, Any] = {"config": {"run": {"name": name}}, "versions": {"torch": "2"}}

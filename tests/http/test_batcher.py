@@ -64,15 +64,13 @@ def make(engine: Engine, **options: Any) -> Batcher[Any, Any]:
     return Batcher(engine, **{"max_tokens": MAX_TOKENS, "max_wait_s": 60.0, **options})
 
 
-@given(requests, st.booleans())
+@given(requests)
 @settings(max_examples=60, deadline=None)
-def test_each_text_once_in_bounded_batches_by_length_and_answered_in_order(
-    lists: list[list[int]], padded: bool
-) -> None:
+def test_each_text_once_in_bounded_batches_by_length_and_answered_in_order(lists: list[list[int]]) -> None:
     engine = Engine()
 
     async def scenario() -> list[Any]:
-        batcher = make(engine, padded=padded)
+        batcher = make(engine)
         answers = await submit_all(batcher, lists)
         assert (batcher.queued_tokens, batcher.requests) == (0, 0)
         await batcher.close()
@@ -84,8 +82,7 @@ def test_each_text_once_in_bounded_batches_by_length_and_answered_in_order(
     for batch in engine.batches:
         sizes = [size for _, _, size in batch]
         assert sizes == sorted(sizes, reverse=True)
-        cost = max(sizes) * len(sizes) if padded else sum(sizes)
-        assert cost <= MAX_TOKENS or len(batch) == 1
+        assert sum(sizes) <= MAX_TOKENS or len(batch) == 1
 
 
 @given(requests, st.sets(st.tuples(st.integers(0, 11), st.integers(0, 7)), max_size=6))
@@ -304,7 +301,7 @@ def test_it_tells_its_metrics() -> None:
 
     async def scenario() -> None:
         engine = Engine(fails=lambda payload: payload == "bad")
-        batcher = make(engine, padded=True, metrics=Notes())
+        batcher = make(engine, padding=lambda sizes: max(sizes) * len(sizes) - sum(sizes), metrics=Notes())
         await batcher.submit(["a", "b"], [3, 10], later())
         with pytest.raises(ValueError, match="bad"):
             await batcher.submit(["bad"], [1], later())
@@ -312,3 +309,23 @@ def test_it_tells_its_metrics() -> None:
     run(scenario())
     assert told["batch"] == [(2, 13, 7), (1, 1, 0)]
     assert len(told["waited"]) == 3 and told["failure"] == ["model"]
+
+
+def test_other_limits_hold_at_once() -> None:
+    engine = Engine()
+    engine.gate.clear()
+
+    async def scenario() -> None:
+        batcher = make(engine, max_requests=5)
+        first = asyncio.create_task(batcher.submit(["blocker"], [1], later()))
+        await asyncio.sleep(0.05)
+        batcher.reconfigure(max_tokens=10, max_requests=2, max_wait_s=60.0)
+        second = asyncio.create_task(batcher.submit(["a", "b", "c"], [6, 6, 6], later()))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="2 requests are waiting"):
+            await batcher.submit(["d"], [1], later())
+        engine.gate.set()
+        await asyncio.gather(first, second)
+
+    run(scenario())
+    assert [len(batch) for batch in engine.batches] == [1, 1, 1, 1]

@@ -95,8 +95,10 @@ def test_top_k_that_is_none(endpoint: Server, top_k: Any) -> None:
 def test_what_is_wrong_is_named_and_not_repeated(endpoint: Server) -> None:
     answer = endpoint.post("/v1/classify", {"texts": ["fine", 12345, "", None, 7, 8], "topk": 1})
     sentence = check(answer, 422)
-    assert "texts[1]: must be a string" in sentence and "texts[2]: must not be empty" in sentence
-    assert "more like these" in sentence and "12345" not in sentence
+    assert "texts[1]: must be a string" in sentence and "topk: no such field" in sentence
+    assert "texts[2]" not in sentence and "12345" not in sentence
+    unknown = {f"a{i}": 0 for i in range(1000)}
+    assert "and 997 more like these" in check(endpoint.post("/v1/classify", {"texts": ["a"], **unknown}), 422)
     assert "did you mean 'top_k'?" in check(endpoint.post("/v1/classify", {"texts": ["a"], "topk": 1}), 422)
     options = {"inputs": "a", "parameters": {"function_to_apply": "relu"}}
     assert "'softmax', 'sigmoid' or 'none'" in check(endpoint.post("/", options), 422)

@@ -95,8 +95,8 @@ def test_without_keys_nobody_is_an_admin(endpoint: Server) -> None:
 def test_a_keys_file(tmp_path: Path) -> None:
     made = subprocess.run(
         [sys.executable, "-m", "emoray.http.keys", "boss", "--admin"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    key, line = (text.split(":", 1)[1].strip() for text in made)
+    )
+    key, line = made.stderr.split(":", 1)[1].strip(), made.stdout.strip()
     other, other_line = api_keys.new("app")
     path = tmp_path / "keys"
     path.write_text(f"# ours\n{line}\n\n{other_line}  # the web app's\n")

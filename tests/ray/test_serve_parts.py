@@ -115,7 +115,7 @@ def test_what_is_not_sent_again_gets_a_503_in_json(deaths: int, change: dict[str
     [
         (503, b"text/plain; charset=utf-8", 503, "unavailable"),
         (408, b"text/plain", 504, "timeout"),
-        (404, b"text/plain", 404, "not_found"),
+        (404, b"text/plain", 503, "unavailable"),  # no application (yet)
         (503, b"application/json", 503, None),
         (200, b"text/plain", 200, None),
     ],
@@ -221,7 +221,8 @@ def test_haproxy_listens_on_this_machine_alone_and_speaks_json(tmp_path: Path) -
     script = front.prepare(tmp_path / "front", "/bin/true", (9101, 8404), 256)
     subprocess.run([str(script), "-db", "-f", str(config)], check=True, timeout=60)
     mended = config.read_text()
-    assert "frontend http_frontend\n    http-request disable-l7-retry if METH_PUT\n" in mended
+    assert "frontend http_frontend\n    http-request disable-l7-retry if METH_PUT\n    http-after-response" in mended
+    assert "backend default_backend\n    http-request return status 503 default-errorfiles\n" in mended
     assert "bind 127.0.0.1:9101" in mended and "bind 127.0.0.1:8404" in mended
     assert "/of/ray" not in mended and not re.search("^ *log ", mended, re.MULTILINE)
     assert len(re.findall("^ *server .* check maxconn 256( |$)", mended, re.MULTILINE)) >= 2
@@ -357,3 +358,36 @@ def test_shares_come_back_as_one_answer_whatever_happens_elsewhere(other: str) -
     assert answer.model == "m@1" and [p.label for p in answer.predictions] == texts
     assert answer.logits[:, 0].tolist() == [float(text) for text in texts]
     assert len(here_texts) < 512 if other == "same" else here_texts == texts
+
+
+@pytest.mark.parametrize("server", ["httptools", "h11"])
+def test_a_client_that_asks_before_it_sends_is_told_to_go_on(monkeypatch: pytest.MonkeyPatch, server: Any) -> None:
+    uvicorn = pytest.importorskip("uvicorn")
+    server_state = pytest.importorskip("uvicorn.server").ServerState
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def scenario() -> list[bytes]:
+        set_app(app)
+        straight.open_for_requests()
+        config = uvicorn.Config(Straight(app), http=server, lifespan="off", log_config=None)
+        config.load()
+        protocol = config.http_protocol_class(config=config, server_state=server_state(), app_state={})
+        transport = Written()
+        protocol.connection_made(transport)
+        protocol.data_received(b"POST / HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        before = list(transport.writes)
+        protocol.data_received(b"ab")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        protocol.connection_lost(None)
+        return [*before, b"|", *transport.writes[len(before) :]]
+
+    monkeypatch.setattr(straight, "_here", {"app": None, "loop": None})
+    told = asyncio.run(scenario())
+    assert told[0].startswith(b"HTTP/1.1 100") and told[1] == b"|" and told[2].endswith(b"\r\n\r\nab")

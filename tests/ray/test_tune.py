@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks.disturb import Bench, Command, SmallCluster, steps_in, wait_for_end, workers_below
 from emoray import checkpoint
-from emoray import config as cfg
+from emoray.config_files import flatten
 from emoray.sweep import Sweep
 from emoray.tune_config import load
 
@@ -93,7 +93,7 @@ def test_sampled_values_reach_the_workers(small: Path) -> None:
     assert len({json.dumps(trial["values"]) for trial in trials}) == 2
     for trial in trials:
         values, folder = trial["values"], small / "trials" / trial["name"]
-        resolved = cfg.flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+        resolved = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
         assert values.items() <= resolved.items()
         rate, size = values["training.learning_rate"], values["training.train_batch_size"]
         assert trial["optimizer"]["lr"] == rate

@@ -161,7 +161,7 @@ def learner_of(config: TrainConfig) -> Learner:
 
 def weights_of(learner: Learner) -> dict[str, Tensor]:
     """The whole weights, with a compact vocabulary put back."""
-    return {name: tensor.clone() for name, tensor in learner.split(learner.tensors())[0].items()}
+    return {name: tensor.clone() for name, tensor in learner.as_files(learner.tensors())[0].items()}
 
 
 def sha256_of(tensors: dict[str, Tensor]) -> str:

@@ -118,9 +118,9 @@ def test_other_texts_may_be_added_later(configure: Configure) -> None:
     """Rows are saved by their ids, so a state of other rows than today's is read right."""
     config = configure(ON)
     learner = after_steps(config, 5)
-    weights, moments = learner.split(learner.tensors())
+    weights, moments = learner.as_files(learner.tensors())
     whole = after_steps(configure(OFF), 5)
-    expected = dict(whole.split(whole.tensors())[1])
+    expected = dict(whole.as_files(whole.tensors())[1])
     found = torch.zeros_like(expected[f"exp_avg/{TABLE}"])
     found[moments["rows"]] = moments[f"exp_avg/{TABLE}"]
     torch.testing.assert_close(found, expected[f"exp_avg/{TABLE}"], atol=1e-7, rtol=0)

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +38,9 @@ from torch import Tensor
 
 from emoray import Classifier, checkpoint, training
 from emoray.config import TrainConfig
-from emoray.errors import CheckpointError, FencedError, InterruptedRunError, NotFiniteError, StorageError
+from emoray.errors import CheckpointError, FencedError, InterruptedRunError, ModelError, NotFiniteError, StorageError
 from emoray.learner import Learner
-from emoray.run import open_run, read_history
+from emoray.run import Attempt, open_run, read_history
 from emoray.saving import Saver
 from emoray.storage import Storage
 from emoray.training import Wish, find_start
@@ -592,3 +593,38 @@ def test_a_failed_write_shows_at_the_next_call() -> None:
         saver.wait()
     saver.wait()
     saver.close()
+
+
+def test_a_storage_that_is_away_for_a_moment_ends_no_run(
+    configure: Configure, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_LEASE_EVERY_S", 0.0)
+    check, calls = Attempt.check, [0]
+
+    def now_and_then(attempt: Attempt) -> None:
+        calls[0] += 1
+        if sys._getframe(1).f_code.co_name == "_wish" and calls[0] % 2:
+            raise StorageError("the storage is away")
+        check(attempt)
+
+    monkeypatch.setattr(Attempt, "check", now_and_then)
+    assert outcome(run_training(configure())) == undisturbed(1)
+    assert calls[0] > STEPS_PER_EPOCH
+
+
+def test_a_resumed_learner_keeps_no_file_of_its_checkpoint(configure: Configure) -> None:
+    """On NFS a file that is mapped can't be deleted, and the checkpoint's folder with it."""
+    config = configure("training.max_steps=6", "training.checkpoint_every_steps=3")
+    folder = run_training(config)
+    learner = learner_of(configure("training.max_steps=6"))
+    learner.load(folder / checkpoint.name_of(6), 6)
+    mapped = Path("/proc/self/maps")
+    if not mapped.exists():
+        pytest.skip("only Linux tells what is mapped")
+    assert str(folder) not in mapped.read_text()
+    assert learner.tensors()
+
+
+def test_packing_and_compact_vocabulary_that_are_asked_for_and_cannot_be(configure: Configure) -> None:
+    with pytest.raises(ModelError, match=r"compact_vocabulary is on, .*: set it to auto"):
+        learner_of(configure("training.compact_vocabulary='on'", "model.freeze_embeddings=true"))
