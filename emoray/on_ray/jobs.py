@@ -35,6 +35,10 @@ _AGAIN_S = 2.0
 _STOP_S = "90"
 """How long Ray lets a job that is stopped save its checkpoint; by default 3 s."""
 
+_NO_AGENT = "No available agent"
+"""Begins Ray's answer while no node has its job agent: for seconds after `ray start`, longer on a busy machine."""
+_AGENT_S = 60.0
+
 _TOKEN = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's."
 
 Say = Callable[[str], None]
@@ -74,7 +78,7 @@ def submit(order: Order, detach: bool, say: Say) -> int:
     client = connect(order.address)
     retries = order.retries
     while True:
-        job = _submit(client, order.command, environment)
+        job = _submit(client, order.command, environment, say)
         say(f"Job {job} runs `{_entrypoint(order.command)}` on {client.get_address()}")
         if detach:
             say(f"Follow it with: emoray submit --follow {job}")
@@ -191,15 +195,30 @@ def _why(info: JobInfo) -> str:
     return _first_line(info.message or "for no reason that Ray knows")
 
 
-def _submit(client: Any, command: Sequence[str], environment: dict[str, Any]) -> str:
+def _submit(client: Any, command: Sequence[str], environment: dict[str, Any], say: Say) -> str:
     job = f"emoray-{command[0]}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    try:
-        # A copy: Ray puts the address of what it uploaded into it.
-        return str(client.submit_job(entrypoint=_entrypoint(command), submission_id=job, runtime_env={**environment}))
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise ClusterError(
-            f"{client.get_address()} doesn't take the job: {_first_line(error)}. A token is missing? {_TOKEN}"
-        ) from None
+    given_up, told = time.monotonic() + _AGENT_S, False
+    while True:
+        try:
+            # A copy: Ray puts the address of what it uploaded into it.
+            return str(
+                client.submit_job(entrypoint=_entrypoint(command), submission_id=job, runtime_env={**environment})
+            )
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            no_agent = _NO_AGENT in str(error)
+            if no_agent and time.monotonic() < given_up:
+                if not told:
+                    say("Waiting for the cluster's job agent")
+                told = True
+                time.sleep(_AGAIN_S)
+                continue
+            remedy = f"A token is missing? {_TOKEN}"
+            if no_agent:
+                remedy = (
+                    "Another Ray on that machine may hold the agent's port: start this one with "
+                    "--dashboard-agent-listen-port."
+                )
+            raise ClusterError(f"{client.get_address()} doesn't take the job: {_first_line(error)}. {remedy}") from None
 
 
 def _entrypoint(command: Sequence[str]) -> str:

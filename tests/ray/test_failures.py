@@ -12,8 +12,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, Wo
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from emoray.errors import StorageError
-from emoray.on_ray import failures
+from emoray.errors import ClusterError, StorageError
+from emoray.on_ray import failures, jobs, train
 from emoray.on_ray.failures import Failures
 
 
@@ -125,3 +125,37 @@ def test_the_wait_for_room_costs_no_attempt_but_ends() -> None:
 
 def test_an_error_of_the_controller_is_not_tried_again() -> None:
     assert not Judge(max_failures=5).retries(ControllerError(ValueError("a bug")))
+
+
+class Server:
+    """A job server whose agent isn't there for so many calls."""
+
+    def __init__(self, calls: float) -> None:
+        self.calls = calls
+
+    def submit_job(self, **_: Any) -> str:
+        self.calls -= 1
+        if self.calls >= 0:
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job, ...")
+        return "a-job"
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+
+def test_a_cluster_that_has_just_started_gets_its_job_a_moment_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_AGAIN_S", 0.01)
+    said: list[str] = []
+    assert jobs._submit(Server(3), ["runs"], {}, said.append) == "a-job"
+    assert said == ["Waiting for the cluster's job agent"]
+    monkeypatch.setattr(jobs, "_AGENT_S", 0.05)
+    with pytest.raises(ClusterError, match="start this one with --dashboard-agent-listen-port"):
+        jobs._submit(Server(float("inf")), ["runs"], {}, said.append)
+
+
+def test_a_stop_does_not_hide_what_kept_it_from_saving() -> None:
+    fit = train._Fit.__new__(train._Fit)
+    fit.events = SimpleNamespace(results=None, stopped=None, failure=None)  # type: ignore[assignment]
+    fit.error, fit.signals = StorageError("/runs/a: can't be written: No space left on device"), [2]
+    with pytest.raises(StorageError, match="No space left"):
+        fit._outcome()
