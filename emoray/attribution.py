@@ -9,6 +9,7 @@ piece of a word and to [CLS].
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +24,10 @@ Array = npt.NDArray[Any]
 
 # Scripts written without spaces: a sign is taken for a word.
 _SIGNS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:['’\-][^\W{_SIGNS}]+)*|[^\w\s]+")
+# What belongs to the letter before it, though no letter itself: vowel signs of Indian scripts, Arabic vowels, accents.
+_MARKS = "".join(sign for sign in map(chr, range(0x300, 0x1E950)) if unicodedata.category(sign)[0] == "M")
+_PART = rf"[^\W{_SIGNS}](?:[^\W{_SIGNS}]|[{_MARKS}\u200c\u200d])*"
+_WORD = re.compile(rf"[{_SIGNS}]|{_PART}(?:['’\-]{_PART})*|[^\w\s]+")
 
 
 _MARGIN = 1000

@@ -80,10 +80,15 @@ class Format:
 
     def _csv(self, rows: list[dict[str, Any]], header: bool) -> bytes:
         text, names = io.StringIO(), [*self.columns, *self.new]
-        writer = csv.writer(text, delimiter="\t" if self.kind == "tsv" else ",", lineterminator="\n")
+        delimiter = "\t" if self.kind == "tsv" else ","
+        writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+        quoting = csv.writer(text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
         if header:
             writer.writerow(names)
-        writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
+        for row in rows:
+            cells = [_cell(row.get(name)) for name in names]
+            # Before Python 3.13 a lone \r is left unquoted, which readers take for a line's end.
+            (quoting if any(isinstance(cell, str) and "\r" in cell for cell in cells) else writer).writerow(cells)
         return text.getvalue().encode(errors="backslashreplace")
 
     def _parquet(self, kept: Any, news: list[dict[str, Any]]) -> bytes:
@@ -96,7 +101,7 @@ class Format:
         else:
             there = set(kept.column_names)
             arrays = [
-                kept.column(name).cast(schema.field(name).type)
+                kept.column(name).cast(schema.field(name).type, safe=False)  # whole numbers beyond 2**53 as floats
                 if name in there
                 else pa.nulls(len(news), schema.field(name).type)
                 for name in self.columns
@@ -182,6 +187,8 @@ def _array(values: list[Any], kind: Any) -> Any:
             return pa.array(values, kind)
         except UnicodeEncodeError:
             values = [v if v is None else v.encode(errors="backslashreplace").decode() for v in values]
+    if kind == pa.float64():
+        values = [None if v is None else float(v) for v in values]  # whole numbers beyond 2**53, too
     return pa.array(values, kind)
 
 

@@ -122,15 +122,26 @@ def _suffix(name: str) -> str:
 
 def _hidden(name: str) -> bool:
     """As for Ray Data, Spark and pyarrow; so what `emoray predict` notes beside its own output is no input."""
-    return name.rsplit("/", 1)[-1] in NOT_DATA or any(part.startswith((".", "_")) for part in name.split("/"))
+    *folders, last = name.split("/")
+    return (
+        last in NOT_DATA
+        or any(part.startswith((".", "_")) for part in (*folders, last))
+        or any(part.endswith(".emoray") for part in folders)
+    )
 
 
 def _matches(location: str, pattern: str | None) -> bool:
-    """Shell-like: a folder that matches is taken with all it holds, and ** crosses folders."""
-    if pattern is None or "**" in pattern:
-        return pattern is None or fnmatchcase(location, pattern.replace("**/", "*"))
-    parts, wanted = location.split("/"), pattern.rstrip("/").split("/")
-    return len(parts) >= len(wanted) and all(map(fnmatchcase, parts, wanted))
+    """Shell-like: a folder that matches is taken with all it holds, and ** is any number of folders."""
+    return pattern is None or _fits(location.split("/"), pattern.rstrip("/").split("/"))
+
+
+def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    if not wanted:
+        return True
+    if wanted[0] == "**" and _fits(parts, wanted[1:]):
+        return True
+    rest = wanted if wanted[0] == "**" else wanted[1:]
+    return bool(parts) and fnmatchcase(parts[0], wanted[0]) and _fits(parts[1:], rest)
 
 
 def takes_in(source: str, location: str) -> bool:
@@ -225,7 +236,7 @@ def _beginning(
         return (), ""
     usual = "\t" if file.kind == "tsv" else ","
     try:
-        header = next(lines)
+        header = next(line for line in lines if not line.isspace())
         delimiter = delimiter_of(header.rstrip("\r\n"), [text_column], usual)
         names = tuple(name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True)))
     except (StopIteration, csv.Error):

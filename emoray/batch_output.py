@@ -112,8 +112,10 @@ class Output:
 
     def sweep(self) -> None:
         """Remove what a writer that was killed left half done."""
-        for storage in (self.parts, self.home, self.home / _DONE, self._folder if self.is_file else self.home):
+        for storage in (self.parts, self.home, self.home / _DONE):
             storage.sweep()
+        if self.is_file:
+            self._folder.sweep_file(self._name)
 
     def finish(self, count: int, form: Format, summary: dict[str, Any], attempt: Attempt) -> None:
         """Put the parts together where one file is wanted, and write the summary."""

@@ -130,7 +130,12 @@ def _jsonl_rows(lines: Lines) -> Iterator[Row]:
             yield Row({}, fault or f"line {lines.number} holds JSON that is no object")
 
 
+_LONGEST = 1 << 24
+"""Characters of a csv field; by Python's own limit, 131,072, a long text would end its row."""
+
+
 def _csv_rows(lines: Lines, names: tuple[str, ...], delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST)
     for _, record in records(csv.reader(lines, delimiter=delimiter, strict=True)):
         fault = lines.take_fault()
         if isinstance(record, csv.Error):
@@ -203,14 +208,13 @@ def texts_in(table: Any, column: str) -> list[Any]:
     try:
         values: list[Any] = table.column(column).to_pylist()
     except UnicodeDecodeError:
-        raw = table.column(column).cast("large_binary").to_pylist()
-        values = [_decoded(value) for value in raw]
-    return values
+        values = table.column(column).cast("large_binary").to_pylist()
+    return [_decoded(value) if isinstance(value, bytes) else value for value in values]
 
 
-def _decoded(value: bytes | None) -> str | bytes | None:
+def _decoded(value: bytes) -> str | bytes:
     try:
-        return None if value is None else value.decode()
+        return value.decode()
     except UnicodeDecodeError:
         return value
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from emoray import metrics, uncertainty
 from emoray.config import parse
-from emoray.config_files import flatten
 from emoray.errors import DataError
 from emoray.evaluation import Scored, score_on
 
@@ -143,14 +142,17 @@ def on_same_rows(models: tuple[Classifier, Classifier], names: tuple[str, str], 
         rows.name, first.labels, rows.texts, rows.labels, logits, tokens, second.calibration, rows.languages
     )
     found = compare(scored, other, names)
-    configs = [model.facts["config"] for model in models]
-    return replace(found, recipe=recipe_differences(configs[0], configs[1]))
+    return replace(found, recipe=recipe_differences(first.facts, second.facts))
 
 
 def recipe_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two resolved configs give other weights, or read other data."""
+    """Dotted keys in which two models' recipes differ, and `data` where the fingerprints of what they read do.
+
+    Args:
+        first, second: what emoray.json says of each.
+    """
     recipes = [
-        {**parse(config).recipe(), "data.dataset": flatten(config).get("data.dataset")} for config in (first, second)
+        {**parse(facts["config"]).recipe(), "data": facts["data"]["fingerprint"][:12]} for facts in (first, second)
     ]
     keys = [key for key in {**recipes[0], **recipes[1]} if recipes[0].get(key) != recipes[1].get(key)]
     return {key: (recipes[0].get(key), recipes[1].get(key)) for key in keys}

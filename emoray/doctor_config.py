@@ -86,7 +86,7 @@ def _is_whole(entry: Path) -> bool:
     try:
         ids, offsets, cut = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("ids", "offsets", "truncated"))
         return bool(offsets[-1] == len(ids) and len(cut) == len(offsets) - 1)
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, EOFError):
         return False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,11 +106,18 @@ def fits(case: Case) -> Iterator[Finding]:
     else:
         each = need.worker + PROCESS
         found += f" and {gib(PROCESS)} for its process"
-        room = sum(max(int((node.get("memory", 0) - need.shared) // each), 0) for node in case.nodes)
+        room = sum(_room(node, need.shared, each) for node in case.nodes)
         there = sum(node.get("memory", 0) for node in case.nodes)
-        sentence = f"{found}; {gib(there)} free: room for {room} workers, asked for {workers}"
+        sentence = (
+            f"{found}; {gib(there)} {'in all' if case.joined else 'free'}: room for {room} workers, asked for {workers}"
+        )
         yield problem("memory fits", sentence, remedy) if room < workers else ok("memory fits", sentence)
     yield from _fits_disk(case, need)
+
+
+def _room(node: Mapping[str, float], shared: float, each: float) -> int:
+    """Workers for which a node has memory: none on a head that takes no work, which has no CPUs."""
+    return max(0, int((node.get("memory", 0) - shared) // each)) if node.get("CPU", 0) >= 1 else 0
 
 
 def _fits_gpu(case: Case, found: str, remedy: str) -> Iterator[Finding]:

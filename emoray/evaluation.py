@@ -19,6 +19,7 @@ from emoray.config import DataConfig, parse
 from emoray.data_files import SPLITS
 from emoray.errors import DataError
 from emoray.metrics import NO_CALIBRATION, Array, Calibration, LabelScore, Reliability
+from emoray.storage import absolute
 from emoray.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -282,7 +283,10 @@ def rows_for(classifier: Classifier, dataset: str | None, split: str, language_c
     changes = {"labels": classifier.labels, "dataset": dataset, "language_column": language_column}
     given = {key: value for key, value in changes.items() if value is not None}
     config = DataConfig(**{**config.model_dump(), **given})
-    return data.load(config).splits[split] if dataset is None else data.load_split(config, split)
+    own = parse(classifier.facts["config"]).data.dataset
+    if dataset is None or own in (dataset, absolute(dataset)):
+        return data.load(config).splits[split]  # the same cut: what it was trained on is not in the other splits
+    return data.load_split(config, split)
 
 
 def score_on(classifier: Classifier, rows: data.Split) -> Scored:

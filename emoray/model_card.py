@@ -145,7 +145,7 @@ def _usage(card: CardInput) -> str:
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="path/to/this/folder")
-classify("a text to classify")  # [{{"label": ..., "score": ...}}]
+classify("a text to classify", truncation=True, max_length={card.max_length})  # [{{"label": ..., "score": ...}}]
 ```
 
 With emoray, which also calibrates the scores ({card.calibration}):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from emoray.doctor_findings import ray_temp
 from emoray.errors import ClusterError
 from emoray.storage import cache_folder
 
 _PATIENCE_S = 60.0
 _RAYS = "/tmp/ray/"
-"""Where Ray keeps its list of metrics addresses, unless RAY_TMPDIR says otherwise; as in prometheus.yml."""
+"""Where Ray keeps its list of metrics addresses, unless `ray_temp` is elsewhere; as in prometheus.yml."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,17 @@ def watch(port: int) -> Iterator[tuple[Watch, subprocess.Popen[bytes]]]:
         )
     folder = cache_folder() / "prometheus"
     folder.mkdir(parents=True, exist_ok=True)
-    rays = f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/"
+    rays = f"{ray_temp()}/ray/"
     config = (files() / "prometheus.yml").read_text(encoding="utf-8").replace(_RAYS, rays)
     (folder / "prometheus.yml").write_text(config, encoding="utf-8")
     shutil.copy(files() / "alerts.yaml", folder / "alerts.yaml")
     address = f"127.0.0.1:{port}"
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:  # Debian's package starts one of its own, on 9090
+        raise ClusterError(
+            f"{address}: can't listen there: {error.strerror}. Give another: --port {port + 1}"
+        ) from None
     command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     log = folder / "prometheus.log"
     with log.open("wb") as stream:

@@ -14,7 +14,7 @@ from torch import Tensor
 from emoray import checkpoint
 from emoray.learner import OPTIMIZER, WEIGHTS
 from emoray.metrics import NO_CALIBRATION, Calibration
-from emoray.run import Attempt
+from emoray.run import Attempt, best_evaluation
 from emoray.task import Task
 
 PROGRESS = "training/progress.json"
@@ -41,8 +41,7 @@ class Progress:
 
     def best(self, metric: str) -> dict[str, Any] | None:
         """The best evaluation so far, the earliest of equals."""
-        name, sign = ("validation_loss", -1.0) if metric == "loss" else (metric, 1.0)
-        return max(self.evaluations, key=lambda entry: sign * float(entry[name]), default=None)
+        return best_evaluation(self.evaluations, metric)
 
     def stalled(self, metric: str, patience: int | None) -> bool:
         """Whether the last `patience` evaluations brought nothing better."""

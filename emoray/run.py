@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
@@ -26,6 +26,8 @@ HISTORY = "history.jsonl"
 RESULTS = "results.json"
 CONFIG = "config.yaml"
 _MOST_CHANGES = 30
+_CLEARED = "cleared"
+"""Marks an attempt that only fences others off: it has no recipe that a later one could differ from."""
 
 
 def open_run(config: TrainConfig) -> Storage:
@@ -38,6 +40,16 @@ def results(run: Storage) -> dict[str, Any] | None:
     return read_json(run, RESULTS, "delete it to have it written anew") if run.exists(RESULTS) else None
 
 
+def best_evaluation(evaluations: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The best of a run's evaluations, the earliest of equals; None where there is none.
+
+    Args:
+        metric: as `training.metric_for_best_model`.
+    """
+    name, sign = ("validation_loss", -1.0) if metric == "loss" else (metric, 1.0)
+    return max(evaluations, key=lambda entry: sign * float(entry[name]), default=None)
+
+
 def refuse_foreign(run: Storage) -> None:
     """Raises RunExistsError where the folder holds something, but no run: it isn't ours to delete."""
     names = run.names()
@@ -48,10 +60,17 @@ def refuse_foreign(run: Storage) -> None:
         )
 
 
-def clear(run: Storage) -> None:
-    """Delete all of a run but its attempts: their numbers go on rising, so that an older attempt stays fenced off."""
+def clear(run: Storage, but: str = "") -> None:
+    """Delete all of a run but its attempts, whose numbers go on rising.
+
+    All earlier attempts are fenced off first: one that still trains could leave a checkpoint of its recipe behind.
+
+    Args:
+        but: one more name that stays.
+    """
+    Attempt.begin(run, {"recipe": {}, _CLEARED: True})
     for name in run.names():
-        if name != ATTEMPTS:
+        if name not in (ATTEMPTS, but):
             run.delete(name)
 
 
@@ -160,6 +179,8 @@ def refuse_changed(
     if newest == 0:
         return
     before = read_attempt(run, newest)
+    if before.get(_CLEARED):
+        return
     old, new = flatten(before["recipe"]), flatten(identity["recipe"])
     changes = [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"

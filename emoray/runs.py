@@ -74,10 +74,10 @@ def _summary(folder: Storage, name: str) -> RunSummary:
         config = parse(yaml.safe_load(folder.read_text(run.CONFIG)), f"{folder.location}/{run.CONFIG}")
         results = run.results(folder)
         progress = _progress(folder)
+        metric = config.training.metric_for_best_model
+        best = results["best"] if results else run.best_evaluation(progress.get("evaluations") or [], metric)
     except (EmorayError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         return RunSummary(name, "damaged", problem=str(error))
-    evaluations = progress.get("evaluations") or []
-    best = results["best"] if results else max(evaluations, key=lambda entry: float(entry["f1"]), default={})
     return RunSummary(
         name=name,
         state="finished" if results else "unfinished",
@@ -85,7 +85,7 @@ def _summary(folder: Storage, name: str) -> RunSummary:
         attempts=attempts,
         seconds=progress.get("seconds"),
         step=progress.get("step"),
-        validation=best,
+        validation=best or {},
         test=(results or {}).get("test") or {},
         recipe={**config.recipe(), "data": last["data"][:12]},
     )

@@ -73,7 +73,8 @@ class Domain:
         if self.kind == "randint":
             return low + int(share * (high - low))
         if self.kind == "quniform":
-            return _short(low + int(share * self._steps) * self.args[2])
+            value = low + int(share * self._steps) * self.args[2]
+            return value if isinstance(value, int) else float(f"{value:.10g}")
         if self.kind == "loguniform":
             return _short(math.exp(math.log(low) + share * (math.log(high) - math.log(low))))
         return _short(low + share * (high - low))

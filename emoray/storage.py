@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import stat
@@ -149,7 +150,7 @@ class Storage:
                 raise
             return
         path = self.local_path / name
-        temporary = path.parent / f"{_WRITING}{uuid.uuid4().hex}"
+        temporary = path.parent / f"{_WRITING}{path.name[:100]}-{uuid.uuid4().hex}"
         try:
             with self._told(name, "written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,6 +243,12 @@ class Storage:
             with self._told("", "written"):
                 for path in (*stage.rglob("*"), stage):
                     _sync(path)
+
+    def sweep_file(self, name: str) -> None:
+        """As `sweep`, for one file that `growing` was to write, in a folder that is not ours alone."""
+        if self.local_path is not None:
+            for path in self.local_path.glob(f"{_WRITING}{glob.escape(name[:100])}-*"):
+                path.unlink(missing_ok=True)
 
     def publish(self, stage: Path, name: str, last: str) -> None:
         """Make a staged folder visible as `name`; an existing one is replaced. Call `sync` before.

@@ -49,7 +49,7 @@ def finish(sweep: Sweep, attempt: Attempt, say: Callable[[str], None]) -> dict[s
 
 def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
     """best/ of the sweep is the winner's; a trial's own is needed no more."""
-    if attempt.run.exists(f"{winner.folder}/{BEST}"):  # not where an earlier command came to its last lines
+    if not attempt.run.exists(f"{BEST}/{checkpoint.MANIFEST}"):  # else an earlier command came to its last lines
         source = checkpoint.fetch(attempt.run / winner.folder, BEST)
 
         def fill(folder: Path) -> None:

@@ -57,6 +57,8 @@ def test_words_are_whole() -> None:
     ]
     assert effects("大雨だ🎉") == {"大": 0, "雨": -1.0, "だ": 0, "🎉": 4.0}
     assert list(effects("Мне грустно")) == ["Мне", "грустно"]
+    assert list(effects("मुझे यह पसंद है!")) == ["मुझे", "यह", "पसंद", "है", "!"], "vowel signs are no letters to Python"
+    assert list(effects("می\u200cروم خانه, cafe\u0301")) == ["می\u200cروم", "خانه", ",", "cafe\u0301"]
 
 
 def test_what_the_model_does_not_see_has_no_effect() -> None:

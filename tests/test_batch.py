@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -90,6 +91,14 @@ def test_files_are_found(tmp_path: Path) -> None:
     assert [file.name for file in find([f"{tmp_path}/*.jsonl"])] == ["a.jsonl", "b.jsonl"]
     assert [file.name for file in find([f"{tmp_path}/dee*/"])] == ["deeper/c.jsonl"]
     assert [file.name for file in find([f"{tmp_path}/**/c*.jsonl"])] == ["deeper/c.jsonl"]
+    assert takes_in("/logs/**/test.jsonl", "/logs/test.jsonl") and takes_in(
+        "/logs/**/test.jsonl", "/logs/a/b/test.jsonl"
+    )
+    assert not takes_in("/logs/**/test.jsonl", "/logs/latest.jsonl") and takes_in("/logs/**", "/logs/a/b.csv")
+    write_rows(
+        tmp_path / "scored.jsonl.emoray/summary.jsonl", [{"rows": 1}]
+    )  # what an earlier command knows of its output
+    assert "scored.jsonl.emoray/summary.jsonl" not in [file.name for file in find([str(tmp_path)])]
     assert [file.name for file in find([f"{tmp_path}/b.jsonl", f"{tmp_path}/deeper"])] == ["1/b.jsonl", "2/c.jsonl"]
     assert takes_in(str(tmp_path), f"{tmp_path}/scored.jsonl") and takes_in(f"{tmp_path}/*.csv", f"{tmp_path}/o.csv")
     assert not takes_in(f"{tmp_path}/a.jsonl", f"{tmp_path}/scored.jsonl")
@@ -309,3 +318,45 @@ def test_the_command_refuses_before_ray_starts(emoray: Emoray, trained_run: Path
         assert (answer.status, answer.out) == (status, "") and said in answer.err, answer.err
         assert "Connecting to Ray" not in answer.err and "Traceback" not in answer.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_csv_rows_that_readers_find_hard(tmp_path: Path) -> None:
+    """A blank line before the header, a text longer than Python's own limit, with line breaks."""
+    path = tmp_path / "hard.csv"
+    long = "a long text\n" * 20_000
+    path.write_text(f'\n\ntext,id\n"{long}",1\nshort,2\n')
+    assert values(cut_path(path)) == [{"text": long, "id": "1"}, {"text": "short", "id": "2"}]
+
+
+def test_a_lone_carriage_return_ends_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a\rb", "c", "d\re")))
+    _, content = encoded(path, "csv")
+    rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+    assert [row["text"] for row in rows] == ["a\rb", "c", "d\re"]
+    assert (
+        pyarrow.csv.read_csv(
+            io.BytesIO(content), parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)
+        ).num_rows
+        == 3
+    )
+
+
+def test_parquet_of_large_numbers_and_of_texts_as_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "a", "n": n}) + "\n" for n in (2**60, 0.5)))
+    _, content = encoded(path, "parquet")
+    assert pq.read_table(io.BytesIO(content)).column("n").to_pylist() == [float(2**60), 0.5]
+    table = pa.table({"text": pa.array([b"caf\xc3\xa9", None, b"\xff"], pa.binary())})
+    assert texts_in(table, "text") == ["caf\u00e9", None, b"\xff"]
+
+
+def test_what_others_keep_beside_an_output_file_stays(tmp_path: Path) -> None:
+    (tmp_path / ".old-backup").mkdir()
+    (tmp_path / ".old-backup" / "letters.txt").write_text("dear diary")
+    (tmp_path / ".staging-1").mkdir()
+    for name in (".writing-scored.csv-0123", ".writing-other.csv-0123", ".writing-7"):
+        (tmp_path / name).write_text("half")
+    Output(str(tmp_path / "scored.csv"), None, "csv").sweep()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".old-backup", ".staging-1", ".writing-other.csv-0123", ".writing-7"}

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 from tiny import Emoray, train_here
 
-from emoray import uncertainty
-from emoray.comparison import compare, comparison_text
+from emoray import Classifier, uncertainty
+from emoray.comparison import compare, comparison_text, recipe_differences
 from emoray.evaluation import Scored
 
 LABELS = ("sadness", "joy", "love")
@@ -126,3 +126,12 @@ def test_what_can_not_be_compared_is_said(emoray: Emoray, trained_run: Path, tmp
     report = emoray("evaluate", trained_run, trained_run, "--report", tmp_path / "r.html")
     assert report.status != 0
     assert "a report is of one model" in report.err
+
+
+def test_recipes_differ_by_the_seed_alone_only_on_the_same_data(trained_run: Path) -> None:
+    facts = Classifier.load(trained_run).facts
+    config = {**facts["config"], "training": {**facts["config"]["training"], "seed": 7}}
+    moved = {**config, "data": {**config["data"], "dataset": "/elsewhere"}}
+    other = {**facts["data"], "fingerprint": "0" * 64}
+    assert set(recipe_differences(facts, {**facts, "config": moved})) == {"training.seed"}
+    assert set(recipe_differences(facts, {**facts, "config": config, "data": other})) == {"training.seed", "data"}

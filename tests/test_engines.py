@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import LABELS, Emoray, sentences
+from tiny import LABELS, Emoray, object_store, sentences
 
 from emoray import Classifier, checkpoint
 from emoray import export as exports
@@ -139,6 +139,43 @@ def test_a_model_that_cannot_be_written_to_is_exported_into_the_cache(
     exports.ensure(str(copy), ("fp32",), say=quiet)
     assert not (copy / "onnx").exists() and locate(copy, "fp32")[1].exists()
     assert Classifier.load(copy, engine="onnx").engine.name == "onnx"
+
+
+def test_a_stale_export_that_cannot_be_replaced_hides_no_newer_one(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (copy / "onnx/fp32/export.json").open("a") as stream:
+        stream.write(" ")
+    with pytest.raises(CheckpointError):
+        find(copy, "fp32")
+    monkeypatch.setenv("EMORAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(exports.os, "access", lambda path, mode: False)
+    exports.ensure(str(copy), ("fp32",), say=quiet)
+    assert Classifier.load(copy, engine="onnx").engine.name == "onnx"
+
+
+def test_a_model_on_an_object_store_gets_its_exports_there(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(copy / "onnx")
+    monkeypatch.setattr(exports, "find_model", lambda location: object_store(copy))
+    made = exports.export("s3://bucket/model", ("fp32", "int8"), say=quiet)
+    assert [one.accepted for one in made] == [True, True]
+    assert find(copy, "fp32") is not None and find(copy, "int8") is not None
+
+
+@pytest.mark.parametrize("off", [0.1, np.nan])
+def test_a_graph_that_gives_other_scores_is_no_export(exported: Path, off: float) -> None:
+    model = Classifier.load(exported)
+    logits, tokens = model.logits(TEXTS)
+    reference = exports._Reference("sentences", tokens, None, logits, tokens)
+    verdict = lambda given: exports._compare("fp32", reference, given, model.calibration)["accepted"]  # noqa: E731
+    assert verdict(logits + 1e-5)
+    assert not verdict(logits + np.float32([off, *[0] * (len(LABELS) - 1)]))
+
+
+def test_all_of_a_sorted_file_is_compared() -> None:
+    assert exports._spread(3, 4000).tolist() == [0, 1, 2]
+    kept = exports._spread(10_000, 4000)
+    assert len(kept) == 4000 and kept[0] == 0 and kept[-1] == 9999
 
 
 def test_auto_takes_the_fastest_and_int8_only_where_it_pays(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,15 @@ def test_where_prometheus_is_missing_it_is_said(emoray: Emoray, monkeypatch: pyt
     monkeypatch.setenv("PATH", "/nowhere")
     answer = emoray("monitor")
     assert answer.status == 1 and "apt-get install prometheus" in answer.err
+
+
+def test_a_port_that_is_taken_is_said(emoray: Emoray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By another Prometheus, say, which would answer in the place of ours."""
+    program = tmp_path / "prometheus"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        answer = emoray("monitor", "--port", str(port))
+    assert answer.status == 1 and f"--port {port + 1}" in answer.err

@@ -85,10 +85,11 @@ def test_a_replaced_run_fences_off_the_old_one(run: Storage) -> None:
         old.write(name, "{}")
     runs.clear(run)
     assert run.names() == ["attempts"]
-    new = Attempt.begin(run, IDENTITY)
-    assert new.number == 4
-    with pytest.raises(FencedError):
+    with pytest.raises(FencedError):  # from the moment before the first file went
         old.check()
+    runs.refuse_changed(run, {**IDENTITY, "recipe": {"a": 1}})  # killed here, another recipe may begin
+    new = Attempt.begin(run, IDENTITY)
+    assert new.number == 5
     new.check()
 
 

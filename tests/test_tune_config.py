@@ -232,3 +232,10 @@ def test_loss_is_better_when_it_is_lower() -> None:
     plan: Plan = load(TUNE, ["tune.metric=loss"])
     assert (plan.sign, plan.column) == (-1.0, "validation_loss")
     assert math.isclose(load(TUNE).sign, 1.0)
+
+
+def test_values_of_a_grid_of_steps_lie_on_it() -> None:
+    for low, high, step in ((4096, 16384, 128), (10_000, 10_009, 1)):
+        values = {Domain("k", "quniform", (low, high, step)).at(n / 1000) for n in range(1000)}
+        assert values == set(range(low, high + 1, step))
+    assert Domain("k", "quniform", (0.0, 0.3, 0.1)).at(0.999) == 0.3

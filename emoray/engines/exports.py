@@ -58,13 +58,27 @@ def find(folder: Path, precision: Precision) -> Export | None:
     Raises:
         CheckpointError: it is damaged, or of another model or another version of the graph.
     """
+    refused: CheckpointError | None = None
     for place in locate(folder, precision):
         if place.exists():
-            return _read(place, checkpoint.fingerprint(folder))
+            try:
+                return read(place, checkpoint.fingerprint(folder))
+            except CheckpointError as error:
+                refused = refused or error  # where nothing can be written beside a model, a newer one is in the cache
+    if refused is not None:
+        raise refused
     return None
 
 
-def _read(place: Path, source: str) -> Export:
+def read(place: Path, source: str) -> Export:
+    """The export of a folder.
+
+    Args:
+        source: fingerprint of the model that it must be of.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model or another version of the graph.
+    """
     remedy = "`emoray export` writes it anew"
     try:
         checkpoint.verify(place)

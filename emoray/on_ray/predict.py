@@ -23,7 +23,7 @@ from emoray.batch_output import Output
 from emoray.batch_rows import Piece
 from emoray.classifier import find_model
 from emoray.config import WorkersConfig
-from emoray.errors import InterruptedRunError, RunError
+from emoray.errors import InterruptedRunError, RunError, StorageError
 from emoray.on_ray import cluster
 from emoray.on_ray.cluster import Placement
 from emoray.on_ray.scorer import Job, Scorer
@@ -101,8 +101,6 @@ def predict_on_ray(request: Request, watcher: Watcher) -> dict[str, Any]:
         if request.on_existing == "replace":
             output.clear()
         attempt = Attempt.begin(output.home, work.identity)
-        if request.on_existing == "replace":
-            output.clear()  # once more: until now an older command could add to it
         output.sweep()
         notes = _Pool(work, attempt, placement, watcher).run()
         summary = _summary(work, notes)
@@ -226,7 +224,8 @@ class _Pool:
         while len(self._notes) < len(self._found.pieces):
             self._heed_signals()
             if time.monotonic() - checked > _CHECK_S:
-                self._attempt.check()  # the room that a newer command needs is let go at once
+                with suppress(StorageError):  # whoever writes asks again
+                    self._attempt.check()  # the room that a newer command needs is let go at once
                 checked = time.monotonic()
             if not ray.wait([stream], timeout=_POLL_S)[0]:
                 continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,12 +75,16 @@ class Stints(Searcher):
 
     Ray Tune's trials are stints here: a trial that passes a rung comes back with a further one, which goes on from its
     checkpoint. All conclusions are those of `Sweep`.
+
+    Args:
+        at_once: trials at once.
+        lag: of `Suggestions`.
     """
 
-    def __init__(self, course: Course, library: Library, at_once: int) -> None:
+    def __init__(self, course: Course, library: Library, at_once: int, lag: int) -> None:
         super().__init__(metric=None, mode=None)
         self._course, self._library, self._at_once = course, library, at_once
-        self._sweep, self._suggestions = course.sweep, Suggestions(course.sweep, at_once)
+        self._sweep, self._suggestions = course.sweep, Suggestions(course.sweep, lag)
         self.shelf = open_shelf(cluster.on_this_node())
         self._live: dict[str, Trial] = {}
         self._spent: dict[str, float] = {}
@@ -129,12 +135,24 @@ class Stints(Searcher):
     def _next(self) -> tuple[Trial, int | None] | None:
         job = next(self._sweep.ready(), None)
         if job is None and self._suggestions.add():
+            write_record(self._sweep.search[-1], self._course.attempt)  # else one that ends later could take its name
             job = next(self._sweep.ready(), None)
         return job
 
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """End the sweep with an error's own words: Ray Tune would hand on its traceback, as text."""
+        try:
+            yield
+        except EmorayError as error:
+            self._course.error = self._course.error or error
+            self._course.stopping = self._course.stopping or str(error)
+            self.stop()
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._learn(trial_id, result)
-        self._conclude()
+        with self._told():
+            self._learn(trial_id, result)
+            self._conclude()
 
     def _learn(self, trial_id: str, result: dict[str, Any]) -> dict[str, Any]:
         """Take over what a stint told."""
@@ -161,6 +179,10 @@ class Stints(Searcher):
         trial = self._live[trial_id]
         news = self._learn(trial_id, result or {})
         del self._live[trial_id]
+        with self._told():
+            self._complete(trial, news, error)
+
+    def _complete(self, trial: Trial, news: dict[str, Any], error: bool) -> None:
         outcome = news.get("outcome")
         if trial.state == "stopped":
             self._end(trial, "stopped", trial.reason)

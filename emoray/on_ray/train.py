@@ -96,8 +96,6 @@ def train(config: TrainConfig, watcher: Watcher, stint: Stint | None = None) -> 
         placement = cluster.place(config.workers)
         _say_placement(watcher, placement, dashboard)
         if config.run.on_existing == "replace":
-            # Fenced off first, or an older attempt that still trains could leave a checkpoint of its recipe behind.
-            run.Attempt.begin(folder, {**task.identity, "recipe": {}})
             run.clear(folder)
         # Before there is room: an older attempt at this run may hold it, and lets go when it sees this one.
         attempt = run.Attempt.begin(folder, task.identity)

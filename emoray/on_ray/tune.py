@@ -23,6 +23,7 @@ from emoray.errors import (
     InterruptedRunError,
     RunError,
     RunExistsError,
+    StorageError,
 )
 from emoray.on_ray import cluster
 from emoray.on_ray.stints import Course, Library, Stints
@@ -32,7 +33,7 @@ from emoray.on_ray.trial import TrialRun
 from emoray.on_ray.tune_search import must_have_optuna
 from emoray.run import Attempt
 from emoray.storage import Storage, absolute
-from emoray.sweep import RESULTS, Sweep, read_records
+from emoray.sweep import RESULTS, TRIALS, Sweep, read_records
 from emoray.sweep_results import finish
 from emoray.task import Task, prepare, with_absolute_paths
 from emoray.tune_config import Plan
@@ -95,19 +96,27 @@ def sweep_on_ray(plan: Plan, watcher: SweepWatcher) -> dict[str, Any]:
         most = None if tuned.max_concurrent == "auto" else tuned.max_concurrent
         placement, at_once = cluster.place_side_by_side(plan.base.workers, most)
         if plan.config.run.on_existing == "replace":
-            run.clear(folder)
+            for name in folder.names(TRIALS):
+                run.clear(folder / f"{TRIALS}/{name}")  # an older sweep's workers may still train there
+            run.clear(folder, but=TRIALS)
         attempt = Attempt.begin(folder, identity)
         attempt.write(run.CONFIG, plan.to_config().to_yaml())
-        plan, at_once = _same_workers(plan, attempt, placement, at_once)
+        plan, lag = _same_workers(plan, attempt, placement, at_once)
+        placement, room = cluster.place_side_by_side(plan.base.workers, most)
+        at_once = min(room, lag)
         sweep = Sweep(plan, plan.points() or [])
         read_records(folder, sweep)
         _say_beginning(watcher, sweep, placement, at_once)
-        _Driver(sweep, attempt, watcher, at_once, task, put_weights(weights)).run()
+        _Driver(sweep, attempt, watcher, at_once, lag, task, put_weights(weights)).run()
         return finish(sweep, attempt, watcher.say)
 
 
 def _same_workers(plan: Plan, attempt: Attempt, placement: cluster.Placement, at_once: int) -> tuple[Plan, int]:
-    """What the first command of a sweep found out about the cluster holds for all: threads decide the last bits."""
+    """What the first command of a sweep found out about the cluster holds for all: threads decide the last bits.
+
+    Returns:
+        The plan with its workers, and how many trials were at once then, on which suggested values depend.
+    """
     name = "workers.json"
     if attempt.run.exists(name):
         kept = run.read_json(attempt.run, name, "set run.on_existing=replace to begin the sweep anew")
@@ -117,8 +126,7 @@ def _same_workers(plan: Plan, attempt: Attempt, placement: cluster.Placement, at
     workers = plan.base.workers.model_copy(
         update={"cpus_per_worker": kept["cpus_per_worker"], "use_gpu": kept["use_gpu"]}
     )
-    cluster.place(workers)
-    return replace(plan, base=plan.base.model_copy(update={"workers": workers})), min(at_once, int(kept["at_once"]))
+    return replace(plan, base=plan.base.model_copy(update={"workers": workers})), int(kept["at_once"])
 
 
 def _say_beginning(watcher: SweepWatcher, sweep: Sweep, placement: cluster.Placement, at_once: int) -> None:
@@ -136,14 +144,14 @@ class _Driver:
     """One command's part of a sweep: Ray Tune works on a thread, signals and budgets are minded on the main one."""
 
     def __init__(
-        self, sweep: Sweep, attempt: Attempt, watcher: SweepWatcher, at_once: int, task: Task, state: Any
+        self, sweep: Sweep, attempt: Attempt, watcher: SweepWatcher, at_once: int, lag: int, task: Task, state: Any
     ) -> None:
         self.sweep, self.watcher = sweep, watcher
         self.course = Course(sweep, attempt)
         self.metrics = SweepMetrics(attempt.run.location)
         self.signals: list[int] = []
         self.started = time.monotonic()
-        self.searcher = Stints(self.course, Library(sweep.plan, task, state), at_once)
+        self.searcher = Stints(self.course, Library(sweep.plan, task, state), at_once, lag)
 
     def run(self) -> None:
         """Return when no trial has anything left to do.
@@ -151,7 +159,8 @@ class _Driver:
         Raises:
             InterruptedRunError, FencedError, RunError.
         """
-        if not self.sweep.over or self.sweep.settle():
+        settled = self.sweep.settle() if self.sweep.over else []  # which may add the repeats, so that it isn't over
+        if settled or not self.sweep.over:
             thread = threading.Thread(target=self._fit, daemon=True, name="ray-tune")
             with _signals(self.signals):
                 thread.start()
@@ -192,6 +201,8 @@ class _Driver:
         except FencedError as error:
             self.course.error, self.course.stopping = error, "A newer command took the sweep over"
             self.searcher.stop()
+        except StorageError:
+            pass  # a storage that is away for a moment: whoever writes asks again
 
     def _why_stop(self) -> str | None:
         tuned = self.sweep.plan.config.tune

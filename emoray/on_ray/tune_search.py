@@ -37,12 +37,14 @@ class Suggestions:
         while self._asked < self._sweep.planned:
             if not self._tell(self._asked - self._lag + 1):
                 return False
+            suggested = self._searcher.suggest(f"{self._asked:04d}")
             values = {
-                key.replace(":", "."): _plain(v) for key, v in self._searcher.suggest(f"{self._asked:04d}").items()
+                domain.key: _plain(domain, suggested[domain.key.replace(".", ":")])
+                for domain in self._sweep.plan.domains
             }
             self._asked += 1
             if self._asked > len(self._sweep.search):
-                self._sweep.add({domain.key: values[domain.key] for domain in self._sweep.plan.domains})
+                self._sweep.add(values)
                 return True
         return False
 
@@ -69,8 +71,11 @@ class Suggestions:
         return max(curve) if trial.over and curve else None
 
 
-def _plain(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def _plain(domain: Domain, value: Any) -> Any:
+    """Digits that a person can copy; values that are listed or on a grid as they are there."""
+    if domain.listed or not isinstance(value, float):
+        return value
+    return float(f"{value:.{10 if domain.kind == 'quniform' else 4}g}")
 
 
 def _optuna(sweep: Sweep) -> Any:
