@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +47,14 @@ class Course:
 
 
 class Library:
-    """Data and weights that trials share: each is prepared once, whatever the number of trials."""
+    """Data and weights that trials share, in Ray's object store: the base's stay, others as long as few are newer.
 
-    def __init__(self, plan: Plan, task: Task, state: Any) -> None:
+    Args:
+        most: of each kind that are kept beside the base's; those of trials that run are among them.
+    """
+
+    def __init__(self, plan: Plan, task: Task, state: Any, most: int) -> None:
+        self._most = most
         self._tasks = {self._task_key(plan.base): ray.put(task)}
         self._states = {self._state_key(plan.base): state}
         self._labels = task.labels
@@ -62,12 +67,21 @@ class Library:
 
     def of(self, config: TrainConfig) -> dict[str, Any]:
         """References to a trial's task and weights."""
-        task, state = self._task_key(config), self._state_key(config)
-        if task not in self._tasks:
-            self._tasks[task] = ray.put(prepare(config))
-        if state not in self._states:
-            self._states[state] = put_weights(model.load(config.model, self._labels, config.training.seed))
-        return {"task": self._tasks[task], "state": self._states[state]}
+        weights = config.model, self._labels, config.training.seed
+        return {
+            "task": self._kept(self._tasks, self._task_key(config), lambda: ray.put(prepare(config))),
+            "state": self._kept(self._states, self._state_key(config), lambda: put_weights(model.load(*weights))),
+        }
+
+    def _kept(self, shelf: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
+        """What lies under a key, as the newest now; the base's is the first, and never makes room."""
+        if key not in shelf:
+            shelf[key] = make()
+        if key != next(iter(shelf)):
+            shelf[key] = shelf.pop(key)
+        for oldest in list(shelf)[1 : max(1, len(shelf) - self._most)]:
+            del shelf[oldest]
+        return shelf[key]
 
 
 class Stints(Searcher):

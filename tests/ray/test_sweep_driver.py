@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from emoray.errors import EmorayError, StorageError
-from emoray.on_ray.stints import Stints
+from emoray.on_ray.stints import Library, Stints
 from emoray.on_ray.tune import _Driver
 from emoray.on_ray.tune_search import _plain
 from emoray.search_space import Domain
@@ -68,3 +68,22 @@ def test_an_error_in_what_ray_tune_calls_ends_the_sweep_in_its_own_words() -> No
 )
 def test_suggested_values_are_short_where_they_may_be(kind: Any, args: Any, value: Any, found: Any) -> None:
     assert _plain(Domain("k", kind, args), value) == found
+
+
+def test_what_trials_share_is_kept_for_those_that_run_alone() -> None:
+    library = Library.__new__(Library)
+    library._most = 2
+    shelf, made = {"base": 0}, []
+
+    def take(key: str) -> None:
+        library._kept(shelf, key, lambda: made.append(key) or len(made))
+
+    for key in ("a", "b", "base", "a", "c", "d", "base", "d"):
+        take(key)
+    assert list(shelf) == ["base", "c", "d"] and made == ["a", "b", "c", "d"]
+    take("a")
+    assert list(shelf) == ["base", "d", "a"]
+    library._most = 5
+    for key in ("x", "y", "z"):
+        take(key)
+        assert list(shelf)[:3] == ["base", "d", "a"]
