@@ -54,9 +54,9 @@ class Comparison:
     @property
     def differ(self) -> bool:
         """Whether the difference is more than the chance of which rows were drawn: McNemar's test says so, and the
-        interval of F1 does not hold 0."""
+        interval of F1 lies on the same side of 0."""
         _, low, high = self.differences["f1"]
-        return self.p_value < LEVEL and not low <= 0 <= high
+        return self.p_value < LEVEL and (low > 0 if self.only_second > self.only_first else high < 0)
 
     def words(self) -> str:
         """The verdict, as sentences for people."""
@@ -66,7 +66,7 @@ class Comparison:
         if not self.differ:
             said = f"No difference is shown: {count}, which chance explains {chance}."
             if self.p_value < LEVEL:
-                said = f"No clear difference: {count} {chance}, but the interval of F1 holds 0."
+                said = f"No clear difference: {count} {chance}, but F1 doesn't say the same beyond chance."
             return f"{said} {self._smallest()}"
         better, worse = (second, first) if self.only_second > self.only_first else (first, second)
         gain, low, high = self.differences["accuracy"]
@@ -74,7 +74,7 @@ class Comparison:
         return f"They differ: {better} is better than {worse} by {points}; {count} {chance}.{self._seed()}"
 
     def _smallest(self) -> str:
-        _, low, high = self.differences["accuracy"]
+        low, high = uncertainty.paired_difference(self.only_first, self.only_second, self.rows)
         span = f"{round(100 * low, 2) + 0:+.2f} to {round(100 * high, 2) + 0:+.2f}"  # + 0: no minus before a zero
         return f"A true difference outside {span} points of accuracy (second minus first) is unlikely."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,20 @@ def test_recipes_differ_by_the_seed_alone_only_on_the_same_data(trained_run: Pat
     other = {**facts["data"], "fingerprint": "0" * 64}
     assert set(recipe_differences(facts, {**facts, "config": moved})) == {"training.seed"}
     assert set(recipe_differences(facts, {**facts, "config": config, "data": other})) == {"training.seed", "data"}
+
+
+def test_the_difference_that_rows_leave_open() -> None:
+    """As the bootstrap says where there is much to draw from; where two models answer alike, more than nothing."""
+    found = compare(outputs(2.0, 0), outputs(2.0, 1000), ("a", "b"))
+    exact = uncertainty.paired_difference(found.only_first, found.only_second, found.rows)
+    assert exact == pytest.approx(found.differences["accuracy"][1:], abs=0.004)
+    low, high = uncertainty.paired_difference(0, 0, 30)
+    assert -low == high == pytest.approx(1.96 / 32)
+
+
+def test_models_that_differ_in_opposite_ways_are_not_called_better() -> None:
+    found = compare(outputs(1.5, 1), outputs(2.6, 2), ("a", "b"))
+    assert found.differ
+    gain, low, high = found.differences["f1"]
+    turned = dataclasses.replace(found, differences={**found.differences, "f1": (-gain, -high, -low)})
+    assert not turned.differ and "F1 doesn't say the same" in turned.words()
