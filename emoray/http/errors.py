@@ -110,3 +110,22 @@ def busy() -> RequestError:
 
 def timed_out(seconds: float) -> RequestError:
     return RequestError("timeout", f"no answer within {seconds:.3g} s: send fewer texts, or try again later")
+
+
+# What proxies before the replicas answer by themselves
+
+
+def replicas_full() -> RequestError:
+    return overloaded("the replicas are full: try again soon", 1)
+
+
+def replica_ended() -> RequestError:
+    return unavailable("the replica that computed this ended before its answer: try again")
+
+
+def no_replica() -> RequestError:
+    return unavailable("no replica can answer now: try again soon", 2)
+
+
+def no_answer_in_time() -> RequestError:
+    return RequestError("timeout", "no replica answered in time: try again later")

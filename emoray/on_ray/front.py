@@ -16,7 +16,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from emoray.http.errors import KINDS, RequestError, overloaded, unavailable
+from emoray.http.errors import KINDS, RequestError, no_answer_in_time, no_replica, replica_ended, replicas_full
 from emoray.serve_config import HttpConfig
 from emoray.storage import private_folder
 
@@ -31,11 +31,11 @@ BUFFER = 256 << 10
 _TEXTS = {
     400: RequestError("malformed", "this is no HTTP request"),
     408: RequestError("slow_body", "the request did not arrive in time"),
-    429: overloaded("the replicas are full: try again soon", 1),
+    429: replicas_full(),
     500: RequestError("internal", "a fault of the proxy: try again"),
-    502: unavailable("the replica that computed this ended before its answer: try again"),
-    503: unavailable("no replica can answer now: try again soon", 2),
-    504: RequestError("timeout", "no replica answered in time: try again later"),
+    502: replica_ended(),
+    503: no_replica(),
+    504: no_answer_in_time(),
 }
 """HAProxy's own answers: status there -> the endpoint's error."""
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 429: "Too Many Requests", 500: "Internal Server Error"}

@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from emoray.http.errors import RequestError, overloaded, unavailable
+from emoray.http.errors import RequestError, no_answer_in_time, no_replica, overloaded, replica_ended, replicas_full
 from emoray.on_ray import straight
 
 VARIABLE = "EMORAY_GUARD"
@@ -143,7 +143,7 @@ class Guard:
                 break
             if left:
                 await asyncio.sleep(0.05)
-        raise unavailable("the replica that computed this ended before its answer: try again")
+        raise replica_ended()
 
 
 def _nothing() -> None:
@@ -238,10 +238,10 @@ def _own_words(status: int, headers: dict[bytes, bytes]) -> RequestError | None:
     if status < 400 or not headers.get(b"content-type", b"text/plain").startswith(b"text/plain"):
         return None
     if status == 408:
-        return RequestError("timeout", "no replica answered in time: try again later")
+        return no_answer_in_time()
     if status == 429:
-        return overloaded("the replicas are full: try again soon", 1)
-    return unavailable("no replica can answer now: try again soon", 2)
+        return replicas_full()
+    return no_replica()
 
 
 async def _refuse(error: RequestError, send: Send) -> None:
