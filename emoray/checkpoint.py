@@ -28,7 +28,8 @@ from emoray.storage import Storage
 
 MANIFEST = "manifest.json"
 FACTS = "emoray.json"
-FOLDER = "checkpoints"
+FOLDER, BEST = "checkpoints", "best"
+"""Below a run's folder: what it goes on from, and the model that it leaves."""
 EXPORTS = "onnx"
 """Folder below a model's for what is made from it later; the model's own manifest says nothing of it."""
 

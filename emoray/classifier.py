@@ -142,8 +142,8 @@ def find_model(location: str) -> Storage:
     folder = Storage(absolute(location))
     if folder.exists(checkpoint.MANIFEST):
         return folder
-    if folder.exists(f"best/{checkpoint.MANIFEST}"):
-        return folder / "best"
+    if folder.exists(f"{checkpoint.BEST}/{checkpoint.MANIFEST}"):
+        return folder / checkpoint.BEST
     if not folder.exists():
         near = _neighbours(location)
         raise CheckpointError(f"{location}: no such folder{near}; give a run's folder, its best/, or a checkpoint")

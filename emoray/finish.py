@@ -20,8 +20,6 @@ from emoray.run import RESULTS, Attempt, read_history
 from emoray.storage import is_uri
 from emoray.task import Task
 
-BEST = "best"
-
 
 def finish(learner: Learner, progress: Progress, attempt: Attempt) -> dict[str, Any] | None:
     """Score validation and test with the best weights and write all that a run leaves; results.json comes last.
@@ -60,7 +58,7 @@ def finish(learner: Learner, progress: Progress, attempt: Attempt) -> dict[str, 
         asked.append(report.insight(Classifier.from_folder(folder), scored["test"]))
         (folder / "README.md").write_text(model_card.render(_card(task, results, scored, facts)), encoding="utf-8")
 
-    checkpoint.write(attempt.run, BEST, fill, attempt.check)
+    checkpoint.write(attempt.run, checkpoint.BEST, fill, attempt.check)
     attempt.write("report.html", report.render(_report(task, history, results, scored, facts, asked[-1])))
     attempt.write("results.md", evaluation.results_table(results))
     attempt.write(RESULTS, json.dumps(results, indent=1))

@@ -13,7 +13,6 @@ from typing import Any
 from emoray import checkpoint, run, sweep_report
 from emoray.config import TrainConfig
 from emoray.errors import RunError
-from emoray.finish import BEST
 from emoray.run import Attempt
 from emoray.sweep import RESULTS, Sweep, Trial
 
@@ -49,8 +48,10 @@ def finish(sweep: Sweep, attempt: Attempt, say: Callable[[str], None]) -> dict[s
 
 def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
     """best/ of the sweep is the winner's; a trial's own is needed no more."""
-    if not attempt.run.exists(f"{BEST}/{checkpoint.MANIFEST}"):  # else an earlier command came to its last lines
-        source = checkpoint.fetch(attempt.run / winner.folder, BEST)
+    if not attempt.run.exists(
+        f"{checkpoint.BEST}/{checkpoint.MANIFEST}"
+    ):  # else an earlier command came to its last lines
+        source = checkpoint.fetch(attempt.run / winner.folder, checkpoint.BEST)
 
         def fill(folder: Path) -> None:
             for path in source.rglob("*"):
@@ -58,11 +59,11 @@ def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
                     (folder / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, folder / path.relative_to(source))
 
-        checkpoint.write(attempt.run, BEST, fill, attempt.check)
+        checkpoint.write(attempt.run, checkpoint.BEST, fill, attempt.check)
     for trial in sweep.trials:
         attempt.check()
         attempt.run.delete(f"{trial.folder}/checkpoints")
-        attempt.run.delete(f"{trial.folder}/{BEST}")
+        attempt.run.delete(f"{trial.folder}/{checkpoint.BEST}")
 
 
 def best_config(sweep: Sweep, winner: Trial) -> TrainConfig:

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.tune.search import Searcher
 
-from emoray import model
+from emoray import checkpoint, model
 from emoray.config import TrainConfig
 from emoray.errors import ClusterError, ConfigError, EmorayError, FencedError, StorageError
 from emoray.on_ray import cluster
@@ -227,11 +227,11 @@ class Stints(Searcher):
         attempt = self._course.attempt
         write_record(trial, attempt)
         attempt.check()
-        attempt.run.delete(f"{trial.folder}/checkpoints")
+        attempt.run.delete(f"{trial.folder}/{checkpoint.FOLDER}")
         kept = self._sweep.kept()
         for other in self._sweep.trials:
             if other.over and other.name not in kept:
-                attempt.run.delete(f"{other.folder}/best")
+                attempt.run.delete(f"{other.folder}/{checkpoint.BEST}")
 
 
 def _reason(error: EmorayError) -> str:
