@@ -151,7 +151,7 @@ class _Driver:
         self.metrics = SweepMetrics(attempt.run.location)
         self.signals: list[int] = []
         self.started = time.monotonic()
-        self.searcher = Stints(self.course, Library(sweep.plan, task, state, most=at_once), at_once, lag)
+        self.searcher = Stints(self.course, Library(sweep.plan, task, state, most=max(4, at_once)), at_once, lag)
 
     def run(self) -> None:
         """Return when no trial has anything left to do.

@@ -259,7 +259,7 @@ def test_trials_share_data_and_weights(monkeypatch: pytest.MonkeyPatch, tiny_ove
     search = "search={training.learning_rate: {loguniform: [1e-4, 1e-2]}, model.max_length: {choice: [16, 32]}}"
     path = Path(__file__).parents[2] / "configs" / "tune.yaml"
     plan = load(path, ["base=null", *tiny_overrides, search, "tune.num_trials=8"])
-    library = stints.Library(plan, prepare(plan.base), "weights")
+    library = stints.Library(plan, prepare(plan.base), "weights", most=4)
     given = [library.of(plan.trial(f"{n:04d}", "runs", values)) for n, values in enumerate(plan.points() or [])]
     assert [config.model.max_length for config in prepared] == [16]
     assert {len({thing[name] for thing in given}) for name in ("task", "state")} == {2, 1}
