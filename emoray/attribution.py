@@ -28,8 +28,6 @@ _SIGNS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _MARKS = "".join(sign for sign in map(chr, range(0x300, 0x1E950)) if unicodedata.category(sign)[0] == "M")
 _PART = rf"[^\W{_SIGNS}](?:[^\W{_SIGNS}]|[{_MARKS}\u200c\u200d])*"
 _WORD = re.compile(rf"[{_SIGNS}]|{_PART}(?:['’\-]{_PART})*|[^\w\s]+")
-
-
 _MARGIN = 1000
 """Characters behind those that the model sees that are kept: without a word, some of them move into its view."""
 
@@ -131,7 +129,7 @@ class Occlusion:
 
     @property
     def variants(self) -> list[str]:
-        """Each text without each of its words in turn, text by text; what the model doesn't see of it is left out."""
+        """Each text without each of its words in turn, text by text, and little of what the model doesn't see."""
         return [
             text[:start] + text[end : seen + (end - start) + _MARGIN]
             for text, found, seen in zip(self.texts, self.spans, self.seen, strict=True)

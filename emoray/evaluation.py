@@ -280,10 +280,10 @@ def rows_for(classifier: Classifier, dataset: str | None, split: str, language_c
     config = parse(classifier.facts["config"]).data
     if split not in SPLITS:
         raise DataError("--split", [f"is '{split}', but must be one of {', '.join(SPLITS)}"])
+    own = config.dataset
     changes = {"labels": classifier.labels, "dataset": dataset, "language_column": language_column}
     given = {key: value for key, value in changes.items() if value is not None}
     config = DataConfig(**{**config.model_dump(), **given})
-    own = parse(classifier.facts["config"]).data.dataset
     if dataset is None or own in (dataset, absolute(dataset)):
         return data.load(config).splits[split]  # the same cut: what it was trained on is not in the other splits
     return data.load_split(config, split)

@@ -48,9 +48,8 @@ def finish(sweep: Sweep, attempt: Attempt, say: Callable[[str], None]) -> dict[s
 
 def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
     """best/ of the sweep is the winner's; a trial's own is needed no more."""
-    if not attempt.run.exists(
-        f"{checkpoint.BEST}/{checkpoint.MANIFEST}"
-    ):  # else an earlier command came to its last lines
+    taken = f"{checkpoint.BEST}/{checkpoint.MANIFEST}"
+    if not attempt.run.exists(taken):  # else an earlier command came to its last lines
         source = checkpoint.fetch(attempt.run / winner.folder, checkpoint.BEST)
 
         def fill(folder: Path) -> None:
@@ -62,7 +61,7 @@ def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
         checkpoint.write(attempt.run, checkpoint.BEST, fill, attempt.check)
     for trial in sweep.trials:
         attempt.check()
-        attempt.run.delete(f"{trial.folder}/checkpoints")
+        attempt.run.delete(f"{trial.folder}/{checkpoint.FOLDER}")
         attempt.run.delete(f"{trial.folder}/{checkpoint.BEST}")
 
 

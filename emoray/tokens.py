@@ -100,8 +100,8 @@ def _set(fast: Tokenizer, max_length: int) -> None:
     """
     if fast.padding is not None:
         fast.no_padding()
-    cut = fast.truncation or {}
-    if (cut.get("max_length"), cut.get("direction")) != (max_length, "right"):
+    wanted = {"max_length": max_length, "stride": 0, "strategy": "longest_first", "direction": "right"}
+    if fast.truncation != wanted:  # else of an encoder's own ways, a stride for one, something would stay
         fast.enable_truncation(max_length)
 
 

@@ -121,6 +121,11 @@ class Stints(Searcher):
         self.shelf.stop.remote(list(self._live))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        with self._told():
+            return self._suggest(trial_id)
+        return str(Searcher.FINISHED)
+
+    def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self._course.stopping is not None:
             return str(Searcher.FINISHED)
         if len(self._live) >= self._at_once:
