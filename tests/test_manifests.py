@@ -237,7 +237,7 @@ def test_the_image_has_what_pods_need() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_gpu_pods_get_the_image_with_cuda_whatever_its_name(overlay: str, tmp_path: Path) -> None:
-    """As the README says to name one's own image."""
+    """As docs/cluster.md says to name one's own image."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
