@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emoray.data_formats import listing
 from emoray.errors import DataError
 from emoray.prediction import Prediction
+from emoray.wording import listing
 
 _GROUP_ROWS = 65_536
 """Rows of a row group, where parts are joined to one Parquet file."""

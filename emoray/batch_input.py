@@ -13,9 +13,10 @@ from typing import Any
 
 from emoray.batch_rows import Lines, Piece, read_rows
 from emoray.data_files import NOT_DATA
-from emoray.data_formats import FORMATS, delimiter_of, listing
-from emoray.errors import DataError, nearest
+from emoray.data_formats import FORMATS, delimiter_of
+from emoray.errors import DataError
 from emoray.storage import Storage, absolute
+from emoray.wording import first_line, listing, nearest
 
 _READ = {suffix: kind for suffix, kind in FORMATS.items() if kind != "txt"}
 _ROWS = 2048
@@ -264,7 +265,7 @@ def _cut_parquet(file: File, files: Sequence[File], found: Input, problems: list
         schemas = [schema] if found.schema is None else [found.schema, schema]
         found.schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
-        problems.append(f"{file.name}: can't be read with the others ({str(error).splitlines()[0]}): write it again")
+        problems.append(f"{file.name}: can't be read with the others ({first_line(error)}): write it again")
         return
     for name in schema.names:
         found.columns.setdefault(name, set())

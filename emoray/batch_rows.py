@@ -14,6 +14,7 @@ from typing import Any
 from emoray.data_formats import records
 from emoray.errors import DataError
 from emoray.storage import Storage
+from emoray.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def table_of(piece: Piece) -> Any:
                     tables.append(table.slice(start, min(piece.stop - before, table.num_rows) - start))
                 before = after
     except pa.ArrowException as error:
-        raise DataError(piece.file, [f"is no readable Parquet file ({str(error).splitlines()[0]})"]) from None
+        raise DataError(piece.file, [f"is not a readable Parquet file ({first_line(error)})"]) from None
     if sum(table.num_rows for table in tables) != piece.rows:
         raise _changed(piece)
     return pa.concat_tables(tables)

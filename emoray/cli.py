@@ -445,7 +445,7 @@ def _mendable_errors() -> Iterator[None]:
         yield
     except InterruptedRunError as error:
         _fail(str(error))
-        sys.exit(128 + (error.signal or signal.SIGINT))
+        sys.exit(128 + next(iter(error.signals), signal.SIGINT))
     except EmorayError as error:
         _fail(str(error))
         sys.exit(1)

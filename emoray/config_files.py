@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from emoray.errors import ConfigError, nearest
+from emoray.errors import ConfigError
+from emoray.wording import nearest
 
 
 def _refuse_bool(value: object) -> object:

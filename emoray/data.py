@@ -22,8 +22,9 @@ from emoray import data_hub
 from emoray.config import DataConfig
 from emoray.data_checks import Ids, check_presence, check_texts, label_set, normalise_labels, to_ids
 from emoray.data_files import SPLITS, Source, near, read_path
-from emoray.data_formats import Columns, Rows, at, count, listing
+from emoray.data_formats import Columns, Rows
 from emoray.errors import DataError
+from emoray.wording import at, count, listing
 
 QUICKSTART = Path(__file__).parent / "quickstart_data"
 

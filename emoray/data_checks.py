@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from emoray.data_formats import Rows, count, finding, listing
-from emoray.errors import nearest
+from emoray.data_formats import Rows, finding
+from emoray.wording import count, listing, nearest
 
 Ids = npt.NDArray[np.int64]
 EMOTIONS = ("sadness", "joy", "love", "anger", "fear", "surprise")

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emoray.data_formats import FORMATS, Columns, Rows, count, listing, read_file
-from emoray.errors import nearest
+from emoray.data_formats import FORMATS, Columns, Rows, read_file
+from emoray.wording import count, listing, nearest
 
 SPLITS = {
     "train": ("train", "training"),

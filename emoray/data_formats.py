@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from emoray.errors import nearest
+from emoray.wording import at, count, first_line, listing, nearest
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -66,25 +66,9 @@ class Rows:
             self.languages.append(language)
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def at(unit: str, numbers: Sequence[int]) -> str:
-    """`line 4`, `lines 4, 9`, or the first five and an ellipsis."""
-    shown = ", ".join(str(number) for number in numbers[:5])
-    return f"{unit}{'s' if len(numbers) > 1 else ''} {shown}{', ...' if len(numbers) > 5 else ''}"
-
-
 def finding(rows: Rows, numbers: Sequence[int], what: str, remedy: str) -> str:
     """One sentence on all rows with the same problem."""
     return f"{rows.where}: {count(len(numbers), rows.unit)} {what} ({at(rows.unit, numbers)}): {remedy}"
-
-
-def listing(names: Sequence[Any], most: int = 10) -> str:
-    return ", ".join(str(name) for name in names[:most]) + (
-        f", ... ({len(names):,} in all)" if len(names) > most else ""
-    )
 
 
 def read_file(path: Path, where: str, columns: Columns, problems: list[str]) -> Rows:
@@ -279,7 +263,7 @@ def _read_parquet(path: Path, rows: Rows, columns: Columns, problems: list[str])
                 return
             table = file.read(columns=columns.names())
     except pa.ArrowException as error:
-        problems.append(f"{rows.where}: is no readable Parquet file ({str(error).splitlines()[0]}): write it again")
+        problems.append(f"{rows.where}: is not a readable Parquet file ({first_line(error)}): write it again")
         return
     rows.names = _class_names(schema.metadata, columns.label)
     take_table(table, rows, columns, problems)

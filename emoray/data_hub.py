@@ -12,7 +12,8 @@ from typing import Any
 
 from emoray import hub
 from emoray.data_files import SPLIT_OF, Source
-from emoray.data_formats import Columns, Rows, count, listing, missing_columns, take_table
+from emoray.data_formats import Columns, Rows, missing_columns, take_table
+from emoray.wording import count, first_line, listing
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -89,7 +90,7 @@ def _without_network(offline: bool) -> Iterator[None]:
 
 
 def _sentence(dataset: str, error: Exception, offline: bool, hint: str) -> str:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = first_line(error)
     if offline or isinstance(error, ConnectionError) or "LocalEntryNotFoundError" in str(error):
         why = "offline mode is on" if hub.is_offline() else "the Hugging Face Hub is not in reach"
         return (

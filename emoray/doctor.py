@@ -19,6 +19,7 @@ from rich.text import Text
 
 from emoray.doctor_findings import Case, Check, Finding, Status, problem
 from emoray.errors import EmorayError
+from emoray.wording import count
 
 _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -137,5 +138,5 @@ def show(findings: Sequence[Finding], console: Console | None = None) -> None:
             lines += [f"{'':<8} -> {finding.remedy}"] * bool(finding.remedy)
             console.print("\n".join(lines), markup=False, soft_wrap=True)
     counts = {status: sum(f.status == status for f in findings) for status in ("problem", "warning")}
-    told = [f"{count} {status}{'s' * (count > 1)}" for status, count in counts.items() if count]
+    told = [count(number, status) for status, number in counts.items() if number]
     console.print(", ".join(told) or "All is well.", markup=False)

@@ -15,6 +15,7 @@ from typing import Any
 
 from emoray.errors import EmorayError
 from emoray.task import Task
+from emoray.wording import first_line
 
 _SMALLER = "lower training.micro_batch_tokens, model.max_length or the batch, or take a smaller encoder"
 
@@ -42,10 +43,10 @@ def step(task: Task, threads: int, use_gpu: bool) -> dict[str, Any]:
     except EmorayError as error:
         return {"error": str(error), "remedy": "set model.pretrained to a whole folder or Hub id of an encoder"}
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return {"error": f"out of memory: {str(error).splitlines()[0]}", "remedy": _SMALLER}
+        return {"error": f"out of memory: {first_line(error)}", "remedy": _SMALLER}
     except RuntimeError as error:
         remedy = _SMALLER if "allocate memory" in str(error) else "see the check of torch's build and the driver"
-        return {"error": str(error).splitlines()[0], "remedy": remedy}
+        return {"error": first_line(error), "remedy": remedy}
     tokens = int(task.parts["train"].tokens.lengths[learner.plan.samples(0)].sum())
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak()
     return {"loss": loss, "seconds": seconds, "tokens": tokens, "memory": memory, "device": device.type.upper()}

@@ -19,8 +19,9 @@ Messages follow one rule: the value that was met, the rule it breaks, the remedy
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Sequence
+
+from emoray.wording import count
 
 
 class EmorayError(Exception):
@@ -38,8 +39,8 @@ class ProblemsError(EmorayError):
     def __init__(self, subject: str, problems: list[str]) -> None:
         self.subject = subject
         self.problems = list(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{subject}: {count}", *(f"  - {problem}" for problem in problems)]))
+        title = f"{subject}: {count(len(problems), 'problem')}"
+        super().__init__("\n".join([title, *(f"  - {problem}" for problem in problems)]))
 
     def __reduce__(self) -> tuple[type[ProblemsError], tuple[str, list[str]]]:
         return type(self), (self.subject, self.problems)
@@ -92,14 +93,10 @@ class NotFiniteError(RunError):
 class InterruptedRunError(RunError):
     """The run was asked to stop; the same command continues it.
 
-    Attributes:
-        signal: number of the signal that asked, if one did.
+    Args:
+        signals: those that asked, if any did; the command ends with the status of the first.
     """
 
-    signal: int | None = None
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest known name, else an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    def __init__(self, message: str, signals: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.signals = list(signals)

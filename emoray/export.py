@@ -27,6 +27,7 @@ from emoray.errors import CheckpointError, DataError, EmorayError, MissingExtraE
 from emoray.evaluation import rows_for
 from emoray.storage import Storage
 from emoray.tokens import Tokens
+from emoray.wording import first_line
 
 MAY_LOSE = 0.005
 """Accuracy that int8 may lose on the validation split: half a point."""
@@ -123,7 +124,7 @@ def prepare(location: str, engine: Wanted, say: Say) -> None:
     except EmorayError as error:
         if engine != "auto":
             raise
-        say(f"There is no export of {location}: {str(error).splitlines()[0]}")
+        say(f"There is no export of {location}: {first_line(error)}")
 
 
 @contextmanager
@@ -237,7 +238,7 @@ def _reference(classifier: Classifier, data: str | None, need_labels: bool, say:
                 "the validation split of the model's data",
                 [f"is needed to compare int8 with the model, and can't be had ({error}): name data with --data"],
             ) from None
-        say(f"No labelled data to compare on ({str(error).splitlines()[0]}): int8 is left out")
+        say(f"No labelled data to compare on ({first_line(error)}): int8 is left out")
         lines = (QUICKSTART / "validation.jsonl").read_text(encoding="utf-8").splitlines()
         logits, tokens = classifier.logits([json.loads(line)["text"] for line in lines])
         return _Reference("sentences of the package", tokens, None, logits, tokens)

@@ -28,6 +28,7 @@ from emoray import hub
 from emoray.config import ModelConfig, TrainingConfig
 from emoray.errors import ModelError
 from emoray.packed_model import first_position
+from emoray.wording import first_line
 
 # The names under which encoders keep their dropout probabilities.
 _DROPOUTS = (
@@ -201,7 +202,7 @@ def _told(pretrained: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if os.path.isdir(pretrained):
-            reason = str(error).strip().split("\n")[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             raise ModelError(
                 f"{pretrained}: the {what} can't be loaded from this folder: {reason}; give a whole Hugging Face folder"
             ) from None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emoray.errors import nearest
+from emoray.wording import nearest
 
 _SIZES = {"loguniform": 2, "uniform": 2, "quniform": 3, "randint": 2}
 _LISTS = ("choice", "grid")

@@ -11,6 +11,7 @@ from rich.table import Table
 from emoray.console import LOG_EVERY_S
 from emoray.sweep import Sweep, Trial
 from emoray.sweep_results import shown
+from emoray.wording import first_line
 
 _ROWS = 24
 """A terminal's window: of more trials, those that run and the best are shown."""
@@ -65,7 +66,7 @@ class SweepDisplay:
             return
         values = ", ".join(f"{key.rpartition('.')[-1]} {shown(value)}" for key, value in trial.values.items())
         if now[0] != before[0]:
-            reason = f": {trial.reason.splitlines()[0]}" if trial.reason else ""
+            reason = f": {first_line(trial.reason)}" if trial.reason else ""
             self.say(f"Trial {trial.name} {trial.state}{reason}  ({values}){_figure(sweep, trial)}")
         else:
             self.say(f"Trial {trial.name} epoch {trial.evaluations[-1]['epoch']:g}{_figure(sweep, trial)}")
@@ -104,7 +105,7 @@ def _table(sweep: Sweep) -> Table:
             *(shown(trial.values.get(domain.key)) for domain in sweep.plan.domains),
             f"{epoch:.2f}",
             score,
-            trial.state if trial.state != "failed" else f"failed: {trial.reason.splitlines()[0][:60]}",
+            trial.state if trial.state != "failed" else f"failed: {first_line(trial.reason)[:60]}",
             _left(trial),
             style=_COLOURS.get(trial.state, ""),
         )

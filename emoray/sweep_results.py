@@ -15,6 +15,7 @@ from emoray.config import TrainConfig
 from emoray.errors import RunError
 from emoray.run import Attempt
 from emoray.sweep import RESULTS, Sweep, Trial
+from emoray.wording import first_line
 
 BEST_CONFIG = "best.yaml"
 _FIGURES = ("accuracy", "f1", "macro_f1", "validation_loss")
@@ -152,7 +153,7 @@ def table(sweep: Sweep) -> str:
         figures = [f"{entry[name]:.4f}" if entry else "-" for name in ("accuracy", "f1", "validation_loss")]
         epochs = f"{trial.evaluations[-1]['epoch']:g}" if trial.evaluations else "-"
         values = [shown(trial.values.get(key)) for key in keys]
-        state = trial.state if trial.state != "failed" else f"failed: {trial.reason.splitlines()[0][:80]}"
+        state = trial.state if trial.state != "failed" else f"failed: {first_line(trial.reason)[:80]}"
         cells = [trial.name, *values, state, epochs, f"{trial.steps} of {trial.total_steps}", *figures]
         lines.append(f"| {' | '.join(cells)} |")
     taken, whole = sweep.steps()

@@ -14,8 +14,9 @@ from pydantic import Field, field_validator, model_validator
 from emoray import search_space
 from emoray.config import RunConfig, TrainConfig
 from emoray.config_files import Number, PositiveInt, Section, flatten, override, override_tree, read_yaml, validate
-from emoray.errors import ConfigError, nearest
+from emoray.errors import ConfigError
 from emoray.search_space import Domain
+from emoray.wording import nearest
 
 METRICS = ("f1", "macro_f1", "accuracy", "loss")
 _SHARED = ("model", "data", "training", "workers")

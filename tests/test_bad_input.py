@@ -320,7 +320,7 @@ def spreadsheet(place: Place) -> Command:
     return place.train(f"data.dataset={path}")
 
 
-@bad("is no readable Parquet file", "write it again")
+@bad("is not a readable Parquet file", "write it again")
 def torn_parquet(place: Place) -> Command:
     path = place.folder / "train.parquet"
     path.write_bytes(b"PAR1 and no more")

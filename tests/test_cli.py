@@ -220,7 +220,7 @@ def test_a_stop_has_the_status_of_its_signal(
     number: int | None, error: Any, status: int, emoray: Emoray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> NoReturn:
-        error.signal = number
+        error.signals = [number] if number else []
         raise error
 
     monkeypatch.setattr(cli, "_train", stop)

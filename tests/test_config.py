@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from emoray.config import TrainConfig, load, parse
 from emoray.config_files import flatten
-from emoray.errors import ConfigError, nearest
+from emoray.errors import ConfigError
+from emoray.wording import nearest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SECTIONS = {name: field.annotation for name, field in TrainConfig.model_fields.items()}

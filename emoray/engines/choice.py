@@ -13,6 +13,7 @@ from emoray.engines import onnx as onnx_engine
 from emoray.engines.exports import PRECISIONS, Precision, find, locate
 from emoray.errors import ConfigError, EmorayError, ModelError
 from emoray.tokens import Tokens
+from emoray.wording import first_line
 
 Wanted = Literal["auto", "torch", "onnx", "onnx-int8"]
 WANTED: tuple[Wanted, ...] = get_args(Wanted)
@@ -80,7 +81,7 @@ def _fastest(folder: Path, facts: dict[str, Any], device: str | None, threads: i
         try:
             engine = open_engine(name, folder, facts, device, threads)
         except EmorayError as error:
-            figures[name] = {"left_out": str(error).splitlines()[0]}
+            figures[name] = {"left_out": first_line(error)}
             continue
         figures[name] = measure(engine, int(facts["max_length"]))
         took = float(figures[name]["batch_ms_a_text"])

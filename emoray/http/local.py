@@ -26,6 +26,7 @@ from emoray.http.metrics import Metrics, Silent
 from emoray.http.service import Identity, Scored, State
 from emoray.serve_config import GateConfig, ServeConfig
 from emoray.tokens import Tokens
+from emoray.wording import first_line
 
 _log = logging.getLogger("emoray.http")
 
@@ -243,7 +244,7 @@ def reason(location: str, error: Exception) -> str:
     expected = isinstance(error, EmorayError)
     _log.error("model %s: can't be served: %s", location, error, exc_info=None if expected else error)
     # What a model's folder says of itself is for its owner: the log has it, /info the first line.
-    return str(error).splitlines()[0] if expected else "the server's log has the cause"
+    return first_line(error) if expected else "the server's log has the cause"
 
 
 def _occlusion(model: Model, texts: Sequence[str], most: int) -> Occlusion:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from emoray.errors import nearest
+from emoray.wording import nearest
 
 _MOST = 3
 """Findings in one sentence: more of them only repeat each other."""

@@ -17,6 +17,7 @@ import ray
 
 from emoray.config import WorkersConfig
 from emoray.errors import ClusterError
+from emoray.wording import first_line
 
 _SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
@@ -55,6 +56,10 @@ class Placement:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.use_gpu else {})}
 
     @property
+    def elastic(self) -> bool:
+        return self.min_workers < self.max_workers
+
+    @property
     def each(self) -> str:
         """What a worker gets, in words."""
         return f"({_amounts(self.resources)})"
@@ -80,7 +85,7 @@ def connect() -> bool:
             _knock(address)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, namespace="emoray")
     except Exception as error:  # Ray raises bare ones too, where a process of its own doesn't come up
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         if address in (None, "", "auto", "local"):
             where, remedy = "a Ray cluster", "See Ray's logs in /tmp/ray/session_latest/logs, and `emoray doctor`."
         else:

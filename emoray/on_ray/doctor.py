@@ -28,6 +28,7 @@ from emoray.on_ray import cluster
 from emoray.on_ray.cluster import Placement
 from emoray.storage import Storage
 from emoray.task import with_absolute_paths
+from emoray.wording import first_line
 
 _CONNECT_S = 3.0
 _GCS_S = 6.0
@@ -43,7 +44,7 @@ def auth(_: Case) -> Iterator[Finding]:
     try:
         has_token = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     except (RuntimeError, ray.exceptions.RayError) as error:
-        found = f"the token can't be read: {str(error).splitlines()[0]}"
+        found = f"the token can't be read: {first_line(error)}"
         yield problem("Ray auth", found, "correct RAY_AUTH_TOKEN_PATH, or make a token: ray get-auth-token --generate")
         return
     if mode not in (None, "token", "disabled"):
@@ -127,7 +128,7 @@ def _other_versions(address: str) -> Finding | None:
     try:
         there = _within(_GCS_S, lambda: usage_lib.get_cluster_metadata(GcsClient(address=address)))
     except Exception as error:  # whatever it is that listens there
-        found = f"{address} answers, but not as a Ray {ray.__version__} that lets us in: {_first_line(error)}"
+        found = f"{address} answers, but not as a Ray {ray.__version__} that lets us in: {first_line(error)}"
         remedy = "check the port (6379 is the head's), that the Ray there is the same, RAY_AUTH_MODE and its token"
         return problem("cluster", found, remedy)
     wrong = [
@@ -200,9 +201,9 @@ def _on_every_node(location: str, probe: str) -> dict[str, str]:
         try:
             answers[tasks[task]] = ray.get(task)
         except ray.exceptions.RayTaskError as error:
-            answers[tasks[task]] = _first_line(error.cause)
+            answers[tasks[task]] = first_line(error.cause)
         except ray.exceptions.RayError as error:
-            answers[tasks[task]] = _first_line(error)
+            answers[tasks[task]] = first_line(error)
     return answers
 
 
@@ -218,10 +219,6 @@ def _look(location: str, probe: str, version: str) -> str:
     except StorageError as error:
         return str(error)
     return ""
-
-
-def _first_line(error: BaseException | None) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def room(case: Case) -> Iterator[Finding]:

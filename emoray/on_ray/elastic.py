@@ -10,6 +10,8 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
+from emoray.wording import count
+
 RESIZE_EVERY_S = 10.0
 """How often a running group is compared with what the cluster has; each change costs a restart of some seconds."""
 
@@ -88,8 +90,7 @@ class SaveBeforeResize(ControllerCallback):
         if not self._running:
             return
         with contextlib.suppress(Exception):  # then the steps since the last checkpoint are done again
-            count = decision.num_workers
-            text = f"The cluster now has room for {count} worker{'s' * (count > 1)}"
+            text = f"The cluster now has room for {count(decision.num_workers, 'worker')}"
             self._channel.tell.remote({"kind": "note", "text": text})
             deadline = time.monotonic() + _SAVING_S
             ray.get(self._channel.pause.remote())

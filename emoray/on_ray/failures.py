@@ -18,6 +18,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
 from emoray.errors import EmorayError
+from emoray.wording import first_line
 
 _UNDECIDED_S = 25.0
 """How long a node that doesn't answer may stay undecided; Ray itself takes about 15 s to call it dead."""
@@ -197,7 +198,7 @@ def describe(error: Any, places: dict[int, str]) -> tuple[str, str]:
         cause = getattr(error, "controller_failure", error)
         if isinstance(cause, WorkerGroupStartupFailedError):
             return "A worker", "its process ended while it was being started"
-        return "The run", _first_line(str(cause)) or type(cause).__name__
+        return "The run", first_line(cause)
     # When one worker dies the others fail too, in the middle of a sum: the dead one is the cause.
     dead = {rank: failure for rank, failure in failures.items() if _death(failure) is not None}
     rank, failure = min((dead or failures).items())
@@ -213,12 +214,7 @@ def _reason(failure: Any) -> str:
     death = _death(failure)
     if death is None:
         text = str(failure).strip()
-        return f"{type(failure).__name__}: {text.splitlines()[-1] if 'Traceback' in text else _first_line(text)}"
+        return f"{type(failure).__name__}: {text.splitlines()[-1] if 'Traceback' in text else first_line(failure)}"
     if "SIGTERM" in str(death):
         return "its process was ended by SIGTERM"
     return _ENDED
-
-
-def _first_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[0] if lines else ""

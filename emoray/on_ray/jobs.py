@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
 
 from emoray.errors import ClusterError, ConfigError
+from emoray.wording import first_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
@@ -130,7 +131,7 @@ def connect(address: str | None) -> Any:
         return JobSubmissionClient(where)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
-            f"{where}: no job server takes us there: {_first_line(error)}. Give the dashboard's address with --address "
+            f"{where}: no job server takes us there: {first_line(error)}. Give the dashboard's address with --address "
             f"(through a tunnel: kubectl port-forward, ray dashboard). {_TOKEN}"
         ) from None
 
@@ -154,10 +155,10 @@ def follow(client: Any, job: str, say: Say) -> JobInfo:
             answered = time.monotonic()
         except (OSError, RuntimeError, RayError) as error:
             if "does not exist" in str(error):
-                raise ClusterError(f"{job}: {_first_line(error)}: `ray job list` shows those that there are") from None
+                raise ClusterError(f"{job}: {first_line(error)}: `ray job list` shows those that there are") from None
             if time.monotonic() - answered > _PATIENCE_S:
                 raise ClusterError(
-                    f"The cluster has not answered for {_PATIENCE_S:g} s ({_first_line(error)}). The job may go on all "
+                    f"The cluster has not answered for {_PATIENCE_S:g} s ({first_line(error)}). The job may go on all "
                     f"the same: emoray submit --follow {job}"
                 ) from None
         time.sleep(_AGAIN_S)
@@ -192,7 +193,7 @@ def told(job: str, info: JobInfo, say: Say) -> int:
 def _why(info: JobInfo) -> str:
     if info.driver_exit_code is not None:
         return f"exit status {info.driver_exit_code}"
-    return _first_line(info.message or "for no reason that Ray knows")
+    return first_line(info.message or "for no reason that Ray knows")
 
 
 def _submit(client: Any, command: Sequence[str], environment: dict[str, Any], say: Say) -> str:
@@ -218,7 +219,7 @@ def _submit(client: Any, command: Sequence[str], environment: dict[str, Any], sa
                     "Another Ray on that machine may hold the agent's port: start this one with "
                     "--dashboard-agent-listen-port."
                 )
-            raise ClusterError(f"{client.get_address()} doesn't take the job: {_first_line(error)}. {remedy}") from None
+            raise ClusterError(f"{client.get_address()} doesn't take the job: {first_line(error)}. {remedy}") from None
 
 
 def _entrypoint(command: Sequence[str]) -> str:
@@ -233,13 +234,8 @@ def _environment(order: Order) -> dict[str, Any]:
         try:
             given = yaml.safe_load(Path(order.runtime_env).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError("--runtime-env", [f"{order.runtime_env}: can't be read: {_first_line(error)}"]) from None
+            raise ConfigError("--runtime-env", [f"{order.runtime_env}: can't be read: {first_line(error)}"]) from None
         if not isinstance(given, dict):
             raise ConfigError("--runtime-env", [f"{order.runtime_env}: holds no keys; see cluster/runtime_env.yaml"])
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": _STOP_S, **given.get("env_vars", {})}
     return {**given, "working_dir": order.working_dir, "env_vars": variables}
-
-
-def _first_line(error: object) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import ray
 
-from emoray import batch_input, checkpoint, run
+from emoray import batch_input, checkpoint, run, signals
 from emoray.batch_format import Format
 from emoray.batch_input import Input
 from emoray.batch_output import Output
@@ -29,6 +27,7 @@ from emoray.on_ray.cluster import Placement
 from emoray.on_ray.scorer import Job, Scorer
 from emoray.run import Attempt
 from emoray.storage import Storage
+from emoray.wording import count
 from emoray.world import WORKER_ENVIRONMENT
 
 _POLL_S = 0.2
@@ -140,7 +139,7 @@ def look(request: Request, watcher: Watcher) -> Work:
     output = Output(request.output, request.kind, files[0].kind)
     output.must_be_usable(request.sources, request.on_existing)
     size = sum(file.size for file in files)
-    watcher.say(f"Looking through {len(files):,} file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB")
+    watcher.say(f"Looking through {count(len(files), 'file')}, {size / 1e6:,.1f} MB")
     found = batch_input.cut(files, column)
     form = Format(output.kind, request.prefix, tuple(facts["labels"]), found.columns, found.schema)
     form.must_not_clash()
@@ -183,7 +182,7 @@ def _place(request: Request, model_bytes: int, watcher: Watcher) -> Placement:
     room = max(1, sum(cluster.fits(node, one.resources) for node in cluster.live_nodes()))
     now = room if request.all_room else min(room, request.workers.max_workers)
     cluster.wait_for_room(workers, one, watcher.say)
-    watcher.say(f"Scoring with {now} actor{'s' * (now > 1)} {one.each}")
+    watcher.say(f"Scoring with {count(now, 'actor')} {one.each}")
     return replace(one, min_workers=now, max_workers=_NO_LIMIT if request.all_room else request.workers.max_workers)
 
 
@@ -207,7 +206,7 @@ class _Pool:
         self._show()
         pipeline = ray.remote(num_cpus=0, label_selector=cluster.on_this_node())(Pipeline).remote()
         try:
-            with self._signals_noted():
+            with signals.noted() as self._signals:
                 self._listen(pipeline.run.options(num_returns="streaming").remote(left, self._job, self._placement))
         except (ray.exceptions.RayError, StopIteration) as error:
             self._heed_signals()  # one that went to Ray's processes too has ended them first
@@ -237,26 +236,11 @@ class _Pool:
 
     def _heed_signals(self) -> None:
         if self._signals:
-            error = InterruptedRunError("Stopped; the same command goes on with the parts that are left.")
-            error.signal = self._signals[0]
-            raise error
+            raise InterruptedRunError("Stopped; the same command goes on with the parts that are left.", self._signals)
 
     def _show(self) -> None:
         rows = sum(note["rows"] for note in self._notes.values())
         self._watcher.rows(rows, self._found.rows, sum(note["errors"] for note in self._notes.values()))
-
-    @contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        wanted = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, lambda n, _: self._signals.append(n)) for number in wanted}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Pipeline:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from emoray.on_ray.train_metrics import DriverMetrics
+from emoray.wording import count
 
 _SILENCE_S = 300.0
 """After so long without a word from the workers, that is told, in seconds."""
@@ -67,10 +68,10 @@ class RunEvents:
         self._watcher.say(event["text"])
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        self.step, count, self.stopped = event["step"], event["workers"], None
+        self.step, self.stopped = event["step"], None
         self._watcher.begin(event)
         self._metrics.started(self.step)
-        workers = f"{count} worker{'s' * (count > 1)}"
+        workers = count(event["workers"], "worker")
         if self.step:
             self._watcher.say(f"Going on from step {self.step} with {workers}")
         elif self.failure is not None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from torch import nn
 
-from emoray import model, run
+from emoray import model, run, signals
 from emoray.config import TrainConfig
 from emoray.errors import EmorayError, InterruptedRunError, NotFiniteError, RunError, RunExistsError
 from emoray.on_ray import cluster, elastic, ray_train
@@ -30,6 +27,7 @@ from emoray.on_ray.train_metrics import DriverMetrics
 from emoray.on_ray.worker import run_worker
 from emoray.storage import Storage
 from emoray.task import Task, prepare, with_absolute_paths
+from emoray.wording import count
 from emoray.world import WORKER_ENVIRONMENT
 
 _POLL_S = 0.2
@@ -113,10 +111,8 @@ def put_weights(weights: nn.Module) -> Any:
 
 
 def _say_placement(watcher: Watcher, placement: Placement, dashboard: str | None) -> None:
-    count = str(placement.max_workers)
-    if placement.min_workers < placement.max_workers:
-        count = f"{placement.min_workers} to {placement.max_workers}"
-    watcher.say(f"Training on {count} worker{'s' * (placement.max_workers > 1)} {placement.each}")
+    at_least = f"{placement.min_workers} to " if placement.elastic else ""
+    watcher.say(f"Training on {at_least}{count(placement.max_workers, 'worker')} {placement.each}")
     if dashboard:
         watcher.say(f"Ray dashboard: {dashboard}")
 
@@ -150,7 +146,7 @@ class _Fit:
 
     def run(self) -> dict[str, Any]:
         thread = threading.Thread(target=self._fit, daemon=True, name="ray-train")
-        with self._signals():
+        with signals.noted(then=self._mind_ray) as self.signals:
             thread.start()
             while thread.is_alive():
                 thread.join(_POLL_S)
@@ -180,23 +176,8 @@ class _Fit:
         except BaseException as error:  # handed to the main thread
             self.error = error
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, _: object) -> None:
-            self.signals.append(number)
-            threading.Thread(target=self._leave_where_ray_is_gone, daemon=True).start()
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _mind_ray(self) -> None:
+        threading.Thread(target=self._leave_where_ray_is_gone, daemon=True).start()
 
     def _leave_where_ray_is_gone(self) -> None:
         """End the process where the signal went to Ray's processes too: its calls hang for a minute then.
@@ -223,11 +204,8 @@ class _Fit:
         if mendable is not None:  # also where a stop was asked for: it may have kept that from saving
             raise mendable
         if self.signals or self.wished_stop.is_set() or (self.events.stopped and self.error is None):
-            error = InterruptedRunError(
-                self.events.stopped or "Stopped; the same command goes on from the last checkpoint."
-            )
-            error.signal = self.signals[0] if self.signals else None
-            raise error
+            said = self.events.stopped or "Stopped; the same command goes on from the last checkpoint."
+            raise InterruptedRunError(said, self.signals)
         if self.error is None and (done := run.results(self.folder)) is not None:
             return done  # the actor that carries the results was lost
         raise RunError(
@@ -273,10 +251,9 @@ def _trainer(
 
 
 def _scaling(placement: Placement) -> ScalingConfig:
-    is_elastic = placement.min_workers < placement.max_workers
     return ScalingConfig(
-        num_workers=(placement.min_workers, placement.max_workers) if is_elastic else placement.max_workers,
+        num_workers=(placement.min_workers, placement.max_workers) if placement.elastic else placement.max_workers,
         use_gpu=placement.use_gpu,
         resources_per_worker=placement.resources,
-        **({"elastic_resize_monitor_interval_s": elastic.RESIZE_EVERY_S} if is_elastic else {}),
+        **({"elastic_resize_monitor_interval_s": elastic.RESIZE_EVERY_S} if placement.elastic else {}),
     )

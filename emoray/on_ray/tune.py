@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
 from ray import tune
 
-from emoray import model, run
+from emoray import model, run, signals
 from emoray.errors import (
     EmorayError,
     FencedError,
@@ -37,6 +34,7 @@ from emoray.sweep import RESULTS, TRIALS, Sweep, read_records
 from emoray.sweep_results import finish
 from emoray.task import Task, prepare, with_absolute_paths
 from emoray.tune_config import Plan
+from emoray.wording import count
 
 _POLL_S = 0.2
 _LEASE_EVERY_S = 2.0
@@ -133,7 +131,7 @@ def _say_beginning(watcher: SweepWatcher, sweep: Sweep, placement: cluster.Place
     tuned = sweep.plan.config.tune
     over = sum(trial.over for trial in sweep.search)
     known = f", {over} of them over already" if over else ""
-    workers = f"{placement.max_workers} worker{'s' * (placement.max_workers > 1)} {placement.each}"
+    workers = f"{count(placement.max_workers, 'worker')} {placement.each}"
     watcher.say(
         f"{sweep.planned} trials{known} ({tuned.searcher}, {tuned.scheduler}, {tuned.metric}), "
         f"{at_once} at once on {workers} each"
@@ -162,16 +160,15 @@ class _Driver:
         settled = self.sweep.settle() if self.sweep.over else []  # which may add the repeats, so that it isn't over
         if settled or not self.sweep.over:
             thread = threading.Thread(target=self._fit, daemon=True, name="ray-tune")
-            with _signals(self.signals):
+            with signals.noted() as self.signals:
                 thread.start()
                 self._mind(thread)
         if self.course.error is not None:
             raise self.course.error
         self._show()
         if self.course.stopping is not None and not self.sweep.over:
-            error = InterruptedRunError(f"{self.course.stopping}; the same command goes on with the sweep.")
-            error.signal = self.signals[0] if self.signals else None
-            raise error
+            said = f"{self.course.stopping}; the same command goes on with the sweep."
+            raise InterruptedRunError(said, self.signals)
         if lost := [trial for trial in self.sweep.trials if not trial.over]:
             raise RunError(f"Ray Tune ended with trials left over: {', '.join(trial.name for trial in lost)}")
 
@@ -243,14 +240,3 @@ class _Driver:
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         )
-
-
-@contextmanager
-def _signals(seen: list[int]) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for a stop; a second one ends it at once."""
-    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
