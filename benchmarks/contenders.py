@@ -24,9 +24,10 @@ from benchmarks.limit import MatrixProducts
 from emoray import model
 from emoray.config import load
 from emoray.learner import Learner
+from emoray.process import set_up_torch
 from emoray.task import Task, prepare
 from emoray.tokens import BatchPlan
-from emoray.world import World, set_up_torch
+from emoray.world import World
 
 WARM_UP = 2
 Measured = tuple[list[float], list[int]]

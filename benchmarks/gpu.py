@@ -19,10 +19,11 @@ from benchmarks.step import compare, save, table
 from emoray import model
 from emoray.config import load
 from emoray.finish import finish
+from emoray.process import set_up_torch
 from emoray.run import Attempt, open_run
 from emoray.task import prepare
 from emoray.training import Alone, train
-from emoray.world import World, set_up_torch
+from emoray.world import World
 
 CONTENDERS = ("emoray", "Trainer", "Trainer group_by_length")
 
@@ -40,7 +41,7 @@ def recipe(overrides: list[str], device: str) -> dict[str, Any]:
         begin = time.perf_counter()
         task = prepare(load(None, [*overrides, f"run.storage_path={folder}"]))
         state = model.load(task.config.model, task.labels, task.config.training.seed).state_dict()
-        run = open_run(task.config)
+        run = open_run(task.config.run)
         attempt = Attempt.begin(run, task.identity)
         start = time.perf_counter()
         learner, progress = train(task, state, World(device=device), attempt, Alone())

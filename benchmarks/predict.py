@@ -27,7 +27,7 @@ import torch
 from benchmarks.disturb import Command
 from benchmarks.step import save
 from emoray.classifier import Classifier
-from emoray.world import WORKER_ENVIRONMENT, set_up_torch
+from emoray.process import WORKER_ENVIRONMENT, set_up_torch
 
 
 def make_input(data: Path, count: int, path: Path) -> list[str]:

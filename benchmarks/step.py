@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from emoray.world import WORKER_ENVIRONMENT
+from emoray.process import WORKER_ENVIRONMENT
 
 RESULTS = Path(__file__).parent / "results"
 CONTENDERS = (

@@ -26,8 +26,9 @@ from benchmarks.step import save
 from emoray import model
 from emoray.config import load
 from emoray.learner import Learner
+from emoray.process import WORKER_ENVIRONMENT
 from emoray.task import prepare
-from emoray.world import WORKER_ENVIRONMENT, World
+from emoray.world import World
 
 WARM_UP = 1
 

@@ -19,7 +19,7 @@ from emoray.engines.choice import Wanted, open_engine
 from emoray.errors import CheckpointError, ModelError
 from emoray.metrics import Calibration, softmax
 from emoray.prediction import Prediction
-from emoray.storage import Storage, absolute
+from emoray.storage import Storage, absolute, is_uri
 from emoray.tokens import Tokens, characters_seen, tokenize
 
 
@@ -131,6 +131,16 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # what tokenizers raises is a bare Exception
         raise ModelError(f"{folder}/tokenizer.json: can't be read: {error}") from None
+
+
+def locate_model(location: str, base: str) -> str:
+    """Where a model is: a URI or an absolute path as it stands, else below `base`, or the run of that name in runs/."""
+    location = os.path.expanduser(location)
+    if is_uri(location) or os.path.isabs(location):
+        return location
+    named = os.path.join(base, "runs", location)
+    below = os.path.join(base, location)
+    return named if not os.path.exists(below) and os.path.exists(named) else below
 
 
 def find_model(location: str) -> Storage:

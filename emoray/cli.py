@@ -65,7 +65,6 @@ def quickstart() -> None:
     best = Path(config.run.storage_path) / config.run.name / "best"
     out("\nThree sentences, classified:")
     _print_predictions(str(best), list(small.SENTENCES))
-    out(f"\nReport: {best.parent / 'report.html'}\nModel:  {best}")
 
 
 @_command("emoray train configs/emotion.yaml run.name=mine training.learning_rate=3e-5")

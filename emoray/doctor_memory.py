@@ -124,11 +124,13 @@ def _fits_gpu(case: Case, found: str, remedy: str) -> Iterator[Finding]:
     """Against this machine's first GPU; those of other nodes can't be seen from here."""
     import torch
 
+    from emoray.forward import uses_bf16
+
     assert case.task is not None and case.config is not None
     if not torch.cuda.is_available():
         yield ok("memory fits", f"{found}; no GPU here to compare with")
         return
-    bf16 = case.config.training.precision != "fp32" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = uses_bf16(case.config.training.precision, torch.device("cuda"))
     need = memory_needed(case.task, case.config.workers.min_workers, bf16)
     free = torch.cuda.mem_get_info(0)[0]
     sentence = f"{found}; in {'bf16' if bf16 else 'fp32'} {gib(need.worker)} of {gib(free)} free on the GPU"

@@ -30,10 +30,10 @@ def step(task: Task, threads: int, use_gpu: bool) -> dict[str, Any]:
 
     from emoray import model
     from emoray.learner import Learner
-    from emoray.world import World, set_up_torch
+    from emoray.process import compute_on
+    from emoray.world import World
 
-    device = torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")
-    set_up_torch(threads, device)
+    device = compute_on(use_gpu, threads)
     try:
         weights = model.load(task.config.model, task.labels, task.config.training.seed)
         learner = Learner(task, weights.state_dict(), World(device=device))

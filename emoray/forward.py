@@ -44,6 +44,17 @@ class PaddedBatch:
         return text, place, np.arange(texts) * longest
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16.
+
+    Args:
+        precision: as `training.precision`; `auto` takes it where the GPU has it (emulated it is slower than float32).
+    """
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16"
+
+
 class Forward(nn.Module):
     """A classifier that takes texts as arrays of token ids, packed where its encoder allows it.
 

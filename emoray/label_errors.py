@@ -149,9 +149,12 @@ def deal(texts: Sequence[str], targets: Array, folds: int) -> Array:
 
 def _without(task: Task, state: Any, kept: Array) -> Array:
     """Train on the rows that are kept; probabilities of the others, calibrated on validation."""
+    from emoray.process import compute_on
     from emoray.training import Alone, train
     from emoray.world import World
 
+    workers = task.config.workers
+    device = compute_on(workers.use_gpu is not False, workers.cpus_per_worker)
     whole = task.parts["train"]
     parts = {
         name: replace(whole, tokens=whole.tokens.take(rows), targets=whole.targets[rows], rows=whole.rows[rows])
@@ -160,7 +163,7 @@ def _without(task: Task, state: Any, kept: Array) -> Array:
     with tempfile.TemporaryDirectory(prefix="emoray-fold-") as folder:
         attempt = Attempt.begin(Storage(folder), task.identity)
         fold = replace(task, parts={**task.parts, **parts})
-        learner, _ = train(fold, state, World(), attempt, Alone())
+        learner, _ = train(fold, state, World(device=device), attempt, Alone())
         validation, held_out = learner.scores("validation"), learner.scores("test")
     assert validation is not None and held_out is not None
     return metrics.softmax(held_out, *metrics.fit_calibration(validation, task.parts["validation"].targets))

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from emoray.cuda_graphs import FilledBatch, GraphedPasses
 from emoray.dropout import seed_dropout
 from emoray.errors import ModelError
-from emoray.forward import Forward, PaddedBatch, score
+from emoray.forward import Forward, PaddedBatch, score, uses_bf16
 from emoray.model import learning_rates, make_optimizer, rebuild
 from emoray.packed_model import is_packable
 from emoray.packing import PackedBatch, send
@@ -41,7 +41,7 @@ class Learner:
     Args:
         task: the run's input.
         state: weights by name; read, never written, so that workers of a node can share them.
-        world: the other workers; on a GPU, `world.set_up_torch` must have been called.
+        world: the other workers; on a GPU, `process.set_up_torch` must have been called.
     """
 
     def __init__(self, task: Task, state: Mapping[str, Tensor], world: World) -> None:
@@ -57,9 +57,11 @@ class Learner:
         if task.config.model.freeze_embeddings:
             model.base_model.embeddings.requires_grad_(False)
         self.dropout = seed_dropout(model)
-        self.forward = Forward(model, packed=_packed(config.packing, model), bf16=_bf16(config.precision, world.device))
+        self.forward = Forward(
+            model, packed=_packed(config.packing, model), bf16=uses_bf16(config.precision, world.device)
+        )
         if world.device.type == "cuda":
-            # Flash attention heeds the strict form alone, which what is in encoders that can't be packed may not know.
+            # Flash attention is deterministic in strict mode alone, which unpackable encoders may not support.
             torch.use_deterministic_algorithms(True, warn_only=not self.forward.packed)
         self.model = model
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -264,12 +266,6 @@ def _packed(packing: str, model: nn.Module) -> bool:
             "of BERT's family"
         )
     return packing != "off" and is_packable(model)
-
-
-def _bf16(precision: str, device: torch.device) -> bool:
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bf16"
 
 
 def _class_weights(task: Task) -> Tensor | None:

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
-from emoray.config import TrainConfig
+from emoray.config import RunConfig
 from emoray.config_files import flatten
 from emoray.errors import FencedError, RunError, RunExistsError, StorageError
-from emoray.storage import Storage
+from emoray.storage import Storage, absolute
 
 ATTEMPTS = "attempts"
 HISTORY = "history.jsonl"
@@ -30,9 +30,9 @@ _CLEARED = "cleared"
 """Marks an attempt that only fences others off: it has no recipe that a later one could differ from."""
 
 
-def open_run(config: TrainConfig) -> Storage:
-    """The run's folder; it needn't exist yet."""
-    return Storage(config.run.storage_path) / config.run.name
+def open_run(config: RunConfig) -> Storage:
+    """The folder of a run or a sweep; it needn't exist yet."""
+    return Storage(absolute(config.storage_path)) / config.name
 
 
 def results(run: Storage) -> dict[str, Any] | None:
@@ -50,9 +50,15 @@ def best_evaluation(evaluations: Sequence[dict[str, Any]], metric: str) -> dict[
     return max(evaluations, key=lambda entry: sign * float(entry[name]), default=None)
 
 
-def refuse_foreign(run: Storage) -> None:
-    """Raises RunExistsError where the folder holds something, but no run: it isn't ours to delete."""
-    names = run.names()
+def refuse_existing(run: Storage, on_existing: str) -> None:
+    """Raises RunExistsError where the folder holds what isn't to be continued, or isn't ours to delete.
+
+    Args:
+        on_existing: as `run.on_existing`.
+    """
+    if on_existing == "fail" and run.exists():
+        raise RunExistsError(f"{run.location}: exists, and run.on_existing is fail: choose another run.name")
+    names = run.names() if on_existing == "replace" else []
     if names and ATTEMPTS not in names:
         raise RunExistsError(
             f"{run.location}: holds no run ({', '.join(names[:3])}), so run.on_existing=replace does not delete it: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from emoray.errors import RunError
 from emoray.run import Attempt
 from emoray.storage import Storage
-from emoray.tune_config import Plan, evaluations
+from emoray.tune_config import Plan
 
 TRIALS = "trials"
 RECORD = "trial.json"
@@ -145,15 +146,9 @@ def median_stopping(curves: Sequence[Sequence[float]], ended: Sequence[bool], fi
             means = [sum(curves[m][:place]) / place for m in before if len(curves[m]) >= place]
             if len(curve) < place or stops[n].out or len(means) < 3:
                 continue
-            if max(curve[:place]) < _median(means):
+            if max(curve[:place]) < statistics.median(means):
                 stops[n] = Stop(place, out=True)
     return stops
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 class Sweep:
@@ -236,18 +231,15 @@ class Sweep:
                 if name not in known:
                     self.add(values, repeats=int(trial.name), name=name)
 
-    def ready(self) -> Iterator[tuple[Trial, int | None]]:
-        """Trials that may train now, those that are furthest first, and the evaluation to pause after."""
+    def ready(self) -> Iterator[tuple[Trial, float]]:
+        """Trials that may train now, those that are furthest first, and up to which evaluation; math.inf is the end."""
         stops = dict(zip((trial.name for trial in self.search), self._stops(), strict=True))
         found = []
         for trial in self.trials:
             until = stops.get(trial.name, Stop(math.inf)).until
             if trial.state in ("pending", "waiting") and len(trial.evaluations) < until:
-                found.append((trial, None if until >= evaluations(self._config(trial)) else int(until)))
+                found.append((trial, until))
         yield from sorted(found, key=lambda item: -len(item[0].evaluations))
-
-    def _config(self, trial: Trial) -> Any:
-        return self.plan.trial(trial.name, "runs", trial.values)
 
     @property
     def over(self) -> bool:
@@ -271,16 +263,12 @@ class Sweep:
 
     def mean(self, trial: Trial) -> float:
         """Of the metric over seeds, as the user reads it."""
-        draws = self.draws(trial)
-        return sum(draws) / len(draws)
+        return statistics.fmean(self.draws(trial))
 
     def spread(self, trial: Trial) -> float | None:
         """Standard deviation over seeds, of the sample; None of one draw."""
         draws = self.draws(trial)
-        if len(draws) < 2:
-            return None
-        mean = sum(draws) / len(draws)
-        return math.sqrt(sum((draw - mean) ** 2 for draw in draws) / (len(draws) - 1))
+        return statistics.stdev(draws) if len(draws) > 1 else None
 
     def steps(self) -> tuple[int, int]:
         """Optimizer steps that the search took, and those that it would have taken without stopping anyone."""

@@ -54,10 +54,8 @@ def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
         source = checkpoint.fetch(attempt.run / winner.folder, checkpoint.BEST)
 
         def fill(folder: Path) -> None:
-            for path in source.rglob("*"):
-                if path.is_file() and path.name != checkpoint.MANIFEST:
-                    (folder / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, folder / path.relative_to(source))
+            left_out = shutil.ignore_patterns(checkpoint.MANIFEST, checkpoint.EXPORTS)
+            shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=left_out)
 
         checkpoint.write(attempt.run, checkpoint.BEST, fill, attempt.check)
     for trial in sweep.trials:

@@ -53,9 +53,10 @@ class SweepSection(Section):
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 0
     """Decides which values are drawn. Trials share `training.seed`."""
     max_minutes: Annotated[float, Number, Field(gt=0)] | None = None
-    """Stop after so long; the same command with more goes on."""
+    """Stop a command after so many minutes; the same command goes on."""
     max_gpu_hours: Annotated[float, Number, Field(gt=0)] | None = None
-    """Stop when trials have used so much of GPUs (of workers, where there are none), in hours."""
+    """Stop when trials have used so many hours of GPUs (of workers, where there are none), in all commands together;
+    the same command with more goes on."""
 
     @field_validator("metric")
     @classmethod

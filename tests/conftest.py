@@ -86,6 +86,17 @@ def trained_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """What a command sets for its process is put back: tests share theirs."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
 def emoray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Emoray:
     """The real command line, run in this process: `emoray("show", "config.yaml")`."""
 

@@ -30,6 +30,7 @@ ROOMS = (
         "metrics",
         "metric_modules",
         "uncertainty",
+        "process",
         "world",
         "saving",
         "prediction",

@@ -482,13 +482,12 @@ def test_memory_needed_is_that_of_the_tensors(tiny_overrides: list[str]) -> None
     assert (need.weights, need.gradients, need.moments) == (parameters, parameters, moments)
 
 
+@pytest.mark.usefixtures("torch_settings")
 def test_broken_weights(monkeypatch: pytest.MonkeyPatch, look: Look, tiny_encoder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
     (folder / "model.safetensors").write_bytes(b"no weights")
     monkeypatch.setattr(doctor_config, "run_step", doctor_step.step)  # in this process: another takes seconds
-    threads = torch.get_num_threads()
     finding = look("one step", f"model.pretrained={folder}", "model.from_scratch=false")
-    torch.set_num_threads(threads)
     is_found(finding, "problem", "weights can't be loaded", remedy="whole folder")
 
 

@@ -18,6 +18,8 @@ from emoray.errors import MissingExtraError
 
 FLIPPED = (3, 30, 57, 90, 121, 150)  # of the 160 training rows
 
+pytestmark = pytest.mark.usefixtures("torch_settings")
+
 
 @pytest.fixture
 def wrong_data(tiny_data: Path, tmp_path: Path) -> Path:

@@ -94,12 +94,12 @@ def test_a_replaced_run_fences_off_the_old_one(run: Storage) -> None:
 
 
 def test_only_a_run_is_replaced(run: Storage) -> None:
-    runs.refuse_foreign(run)
+    runs.refuse_existing(run, "replace")
     run.write("letters.txt", "dear")
     with pytest.raises(RunExistsError, match=r"holds no run \(letters.txt\)"):
-        runs.refuse_foreign(run)
+        runs.refuse_existing(run, "replace")
     Attempt.begin(run, IDENTITY)
-    runs.refuse_foreign(run)
+    runs.refuse_existing(run, "replace")
 
 
 def test_threads_that_begin_at_once_share_no_number(tmp_path: Path) -> None:

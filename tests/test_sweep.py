@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from emoray import checkpoint, sweep_results
 from emoray.errors import RunError
 from emoray.run import Attempt
 from emoray.storage import Storage
@@ -52,7 +54,7 @@ def figure(trial: int, place: int) -> float:
 
 def play(table: Sweep, order: random.Random, at_once: int = 3, fail: int | None = None) -> None:
     """A sweep with stints that take a random time: whoever runs, one of them gets an evaluation next."""
-    running: dict[str, int | None] = {}
+    running: dict[str, float] = {}
     while not table.over:
         for trial, until in table.ready():
             if len(running) < at_once:
@@ -167,7 +169,7 @@ def test_repeats_decide_by_the_mean() -> None:
         ("0006-seed43", 6, 43),
         ("0006-seed44", 6, 44),
     ]
-    assert [(trial.name, until) for trial, until in table.ready()] == [(trial.name, None) for trial in again]
+    assert [(trial.name, until) for trial, until in table.ready()] == [(trial.name, math.inf) for trial in again]
     del table.trials[9:]  # a restart that knows of one of them only
     table.settle()
     assert table.trials[8:] == again
@@ -269,3 +271,18 @@ def test_a_terminal_gets_a_table() -> None:
     words = next(line for line in shown.splitlines() if "0000" in line).split()
     assert words == ["0000", "0.000315", "32", "0.40", "0.5000", "running", "1:15", "left"]
     assert "failed: the loss is nan" in shown and "pending" in shown
+
+
+def test_the_winner_s_exports_stay_behind(trained_run: Path, tmp_path: Path) -> None:
+    """Only what the manifest lists travels: an export is made anew where the model is served."""
+    folder = Storage(str(tmp_path))
+    winner = Trial("0000", {})
+    shutil.copytree(trained_run / "best", tmp_path / winner.folder / "best")
+    exported = tmp_path / winner.folder / "best" / "onnx" / "fp32"
+    exported.mkdir(parents=True)
+    (exported / "export.json").write_text("{}")
+    sweeped = sweep()
+    sweeped.trials = [winner]
+    sweep_results._take_model(sweeped, winner, Attempt.begin(folder, {"recipe": {}}))
+    checkpoint.verify(tmp_path / "best")
+    assert "onnx" not in folder.names("best") and not folder.exists(f"{winner.folder}/best")

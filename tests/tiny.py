@@ -62,7 +62,7 @@ def train_here(overrides: list[str]) -> Path:
     config = cfg.load(None, overrides)
     task = prepare(config)
     state = model.load(config.model, task.labels, config.training.seed).state_dict()
-    run = open_run(config)
+    run = open_run(config.run)
     attempt = Attempt.begin(run, task.identity)
     attempt.write(CONFIG, config.to_yaml())
     threads = torch.get_num_threads()

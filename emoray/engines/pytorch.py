@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from emoray.engines import Name
 from emoray.errors import ModelError
-from emoray.forward import EVALUATION_TOKENS, Forward, score
+from emoray.forward import EVALUATION_TOKENS, Forward, score, uses_bf16
 from emoray.model import quiet
 from emoray.tokens import Tokens, filling
 
@@ -51,7 +51,7 @@ class TorchEngine:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if threads is not None and device == "cpu":
             torch.set_num_threads(threads)
-        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        bf16 = uses_bf16("auto", torch.device(device))
         self._most_texts = TEXTS_A_BATCH["cuda" if device.startswith("cuda") else "cpu"]
         self.figures: dict[str, Any] = {}
         self._forward = Forward(load_model(folder).to(device), bf16=bf16).eval()  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ class Placement:
     @property
     def each(self) -> str:
         """What a worker gets, in words."""
-        return f"({_amounts(self.resources)})"
+        return f"({amounts(self.resources)})"
 
 
 def connect() -> bool:
@@ -121,7 +121,7 @@ _REPLACED = ("A worker died or was killed", "Raylet is terminated", "The node wi
 """How Ray's own words on dead workers and nodes begin: ours say which worker, where, at which step, what follows."""
 
 _MEANT = "PYTHON worker processes have been started on node"
-"""Of a warning about many processes: those that take no CPU, such as the drivers of a sweep's trials, are meant."""
+"""Part of Ray's warning about too many processes: ours, such as the drivers of a sweep's trials, take no CPU."""
 
 
 def _hush() -> None:
@@ -174,6 +174,19 @@ def place_side_by_side(workers: WorkersConfig, most: int | None) -> tuple[Placem
         ClusterError: as `place`.
     """
     nodes = live_nodes()
+    placement, room, runs = arrange(workers, nodes, most)
+    if room < workers.min_workers and not workers.wait_for_nodes_s:
+        raise ClusterError(": ".join(too_little(workers, placement, nodes, room)))
+    return placement, runs
+
+
+def arrange(workers: WorkersConfig, nodes: list[dict[str, float]], most: int | None) -> tuple[Placement, int, int]:
+    """What each worker gets, for how many such there is room, and how many runs that makes at once (at least one).
+
+    Args:
+        nodes: what each has, idle.
+        most: as of `place_side_by_side`.
+    """
     use_gpu = any(node.get("GPU", 0) for node in nodes) if workers.use_gpu == "auto" else workers.use_gpu
     gpus, size = workers.gpus_per_worker if use_gpu else 0.0, workers.max_workers
     if most is None and use_gpu:
@@ -183,10 +196,8 @@ def place_side_by_side(workers: WorkersConfig, most: int | None) -> tuple[Placem
     cpus = workers.cpus_per_worker or even_share(nodes, size * wanted, gpus)
     placement = Placement(workers.min_workers, size, cpus, use_gpu, workers.gpus_per_worker)
     room = sum(fits(node, placement.resources) for node in nodes)
-    if room < workers.min_workers and not workers.wait_for_nodes_s:
-        raise ClusterError(too_little(workers, placement, nodes, room))
     runs = max(1, room // size)
-    return placement, runs if most is None and workers.cpus_per_worker else min(runs, wanted)
+    return placement, room, runs if most is None and workers.cpus_per_worker else min(runs, wanted)
 
 
 def wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[str], None]) -> None:
@@ -209,7 +220,7 @@ def wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[s
         ray.util.remove_placement_group(group)
     raise ClusterError(
         f"The cluster gave no room for {placement.min_workers} x {placement.each} within {limit:g} s "
-        f"(free now: {_amounts(ray.available_resources())}): end what else runs there, lower workers.num_workers or "
+        f"(free now: {amounts(ray.available_resources())}): end what else runs there, lower workers.num_workers or "
         "workers.cpus_per_worker, or raise workers.wait_for_nodes_s where nodes take longer to come."
     )
 
@@ -239,18 +250,23 @@ def even_share(nodes: list[dict[str, float]], num_workers: int, gpus: float) -> 
     return 1
 
 
-def too_little(workers: WorkersConfig, placement: Placement, nodes: list[dict[str, float]], room: int) -> str:
-    there = "; ".join(f"node {i + 1}: {_amounts(node)}" for i, node in enumerate(nodes[:8]))
+def too_little(
+    workers: WorkersConfig, placement: Placement, nodes: list[dict[str, float]], room: int
+) -> tuple[str, str]:
+    """What was asked for and what there is, and the remedy."""
+    there = "; ".join(f"node {i + 1}: {amounts(node)}" for i, node in enumerate(nodes[:8]))
     remedy = "lower workers.num_workers or workers.cpus_per_worker"
     if workers.use_gpu is True:
         remedy += ", set workers.use_gpu=false"
     return (
         f"workers.num_workers asks for {placement.min_workers} x {placement.each}, but the cluster has room for {room} "
-        f"({there}): {remedy}, add nodes, or set workers.wait_for_nodes_s where an autoscaler brings them."
+        f"({there})",
+        f"{remedy}, add nodes, or set workers.wait_for_nodes_s where an autoscaler brings them.",
     )
 
 
-def _amounts(resources: dict[str, float]) -> str:
+def amounts(resources: dict[str, float]) -> str:
+    """`4 CPU, 1 GPU`."""
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 

@@ -23,9 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from emoray import __version__, run
 from emoray.doctor_findings import Case, Finding, ok, problem, warning
 from emoray.doctor_machine import free_memory
-from emoray.errors import ClusterError, EmorayError, RunError, StorageError
+from emoray.errors import ClusterError, EmorayError, StorageError
 from emoray.on_ray import cluster
-from emoray.on_ray.cluster import Placement
 from emoray.storage import Storage
 from emoray.task import with_absolute_paths
 from emoray.wording import first_line
@@ -226,20 +225,16 @@ def room(case: Case) -> Iterator[Finding]:
     if case.config is None or not case.nodes:
         return
     workers, nodes = case.config.workers, case.nodes
-    has_gpu = any(node.get("GPU", 0) for node in nodes)
-    case.uses_gpu = has_gpu if workers.use_gpu == "auto" else workers.use_gpu
-    gpus = workers.gpus_per_worker if case.uses_gpu else 0.0
-    case.cpus = workers.cpus_per_worker or cluster.even_share(nodes, workers.max_workers, gpus)
-    placement = Placement(workers.min_workers, workers.max_workers, case.cpus, case.uses_gpu, workers.gpus_per_worker)
-    there = sum(cluster.fits(node, placement.resources) for node in nodes)
+    placement, there, _ = cluster.arrange(workers, nodes, 1)
+    case.uses_gpu, case.cpus = placement.use_gpu, placement.cpus
     if there >= workers.min_workers:
         yield ok("workers", f"room for {there}, asked for {workers.max_workers} {placement.each}")
         return
-    found, _, remedy = cluster.too_little(workers, placement, nodes, there).partition("): ")
+    found, remedy = cluster.too_little(workers, placement, nodes, there)
     if workers.wait_for_nodes_s:
-        yield warning("workers", f"{found})", f"none, if the autoscaler brings them in {workers.wait_for_nodes_s:g} s")
+        yield warning("workers", found, f"none, if the autoscaler brings them in {workers.wait_for_nodes_s:g} s")
     else:
-        yield problem("workers", f"{found})", remedy)
+        yield problem("workers", found, remedy)
 
 
 def run_folder(case: Case) -> Iterator[Finding]:
@@ -248,13 +243,9 @@ def run_folder(case: Case) -> Iterator[Finding]:
         return
     config = with_absolute_paths(case.config)
     try:
-        folder = run.open_run(config)
-        existing = config.run.on_existing
-        if existing == "fail" and folder.exists():
-            raise RunError(f"{folder.location}: exists, and run.on_existing is fail")
-        if existing == "replace":
-            run.refuse_foreign(folder)
-        elif existing == "resume":
+        folder = run.open_run(config.run)
+        run.refuse_existing(folder, config.run.on_existing)
+        if config.run.on_existing == "resume":
             run.refuse_changed(folder, replace(case.task, config=config).identity)
     except EmorayError as error:
         yield problem("run", str(error), "choose another run.name, or set run.on_existing=replace to train it anew")

@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
 
 from emoray.errors import ClusterError, ConfigError
+from emoray.storage import is_uri
 from emoray.wording import first_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -109,7 +110,7 @@ def check(command: Sequence[str]) -> None:
         storage = config.load(arguments[0], arguments[1:]).run.storage_path
     else:
         storage = tune_config.load(arguments[0], arguments[1:]).config.run.storage_path
-    if "://" not in storage and not os.path.isabs(storage):
+    if not is_uri(storage) and not os.path.isabs(storage):
         raise ConfigError(
             f"emoray submit {name}",
             [

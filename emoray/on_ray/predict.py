@@ -25,10 +25,10 @@ from emoray.errors import InterruptedRunError, RunError, StorageError
 from emoray.on_ray import cluster
 from emoray.on_ray.cluster import Placement
 from emoray.on_ray.scorer import Job, Scorer
+from emoray.process import WORKER_ENVIRONMENT
 from emoray.run import Attempt
 from emoray.storage import Storage
 from emoray.wording import count
-from emoray.world import WORKER_ENVIRONMENT
 
 _POLL_S = 0.2
 _CHECK_S = 2.0

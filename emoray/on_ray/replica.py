@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from emoray.classifier import locate_model
+from emoray.engines.choice import Wanted
 from emoray.errors import ModelError
 from emoray.http.candidate import Candidate, Model
 from emoray.http.errors import busy
@@ -185,7 +186,7 @@ class ReplicaService:
             if accepted is not None and accepted.number == self._handled:
                 return
             if accepted is None:
-                self._local.adopt(await self._local.prepare(self._place(self._declared), self._gate, self._engine))
+                self._local.adopt(await self._prepare(self._declared, self._gate, self._engine))
                 await self._settle_first()
                 continue
             await self._take_over(accepted)
@@ -194,7 +195,7 @@ class ReplicaService:
 
     async def _take_over(self, accepted: Change) -> None:
         """Serve what the others serve, which may not be refused here: it was let in once."""
-        self._local.adopt(await self._local.prepare(self._place(accepted.model), GateConfig(), accepted.engine))
+        self._local.adopt(await self._prepare(accepted.model, GateConfig(), accepted.engine))
         self._in_service = accepted.number
 
     async def _settle_first(self) -> None:
@@ -242,7 +243,7 @@ class ReplicaService:
             return
         try:
             gate = GateConfig.model_validate(change.gate)
-            candidate = await self._local.prepare(self._place(change.model), gate, change.engine)
+            candidate = await self._prepare(change.model, gate, change.engine)
             self._candidate, model = (change.number, candidate), str(candidate.identity)
             facts = {"from": str(self.identity), "to": model, "change": change.number, **candidate.comparison}
             vote: dict[str, Any] = {"model": model, "swap": {"state": "idle", **facts}}
@@ -250,8 +251,8 @@ class ReplicaService:
             self._candidate, vote = (change.number, None), {"error": reason(change.model, error)}
         await _in_thread(self._board.vote, change.number, self._name, vote)
 
-    def _place(self, location: str) -> str:
-        return place(location, self._base)
+    async def _prepare(self, location: str, gate: GateConfig, engine: Wanted | None) -> Candidate:
+        return await self._local.prepare(locate_model(location, self._base), gate, engine)
 
 
 @contextmanager
@@ -261,15 +262,6 @@ def _store_may_be_away(doing: str) -> Iterator[None]:
         yield
     except Exception as error:
         _log.error("%s failed, and is tried again", doing, exc_info=error)
-
-
-def place(location: str, base: str) -> str:
-    """Where a model is: a URI or an absolute path as it stands, else below `base`, or the run of that name in runs/."""
-    if "://" in location or os.path.isabs(location):
-        return location
-    named = os.path.join(base, "runs", location)
-    below = os.path.join(base, location)
-    return named if not os.path.exists(below) and os.path.exists(named) else below
 
 
 async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:

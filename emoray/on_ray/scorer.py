@@ -101,7 +101,7 @@ class Scorer:
 
         from emoray.classifier import Classifier
         from emoray.on_ray.worker import must_see
-        from emoray.world import set_up_torch
+        from emoray.process import set_up_torch
 
         must_see(self._attempt, "choose an --output that every node can write")
         device = "cuda" if self._job.use_gpu else "cpu"

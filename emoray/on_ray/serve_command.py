@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,15 @@ import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
-from emoray.classifier import find_model
+from emoray.classifier import find_model, locate_model
 from emoray.errors import ClusterError, ModelError
 from emoray.export import prepare
 from emoray.http import keys as api_keys
 from emoray.on_ray import cluster, front
 from emoray.on_ray.board import Board, wish
 from emoray.on_ray.guard import VARIABLE, Settings
-from emoray.on_ray.replica import place
 from emoray.on_ray.serve import APP, application, resources, scope
-from emoray.serve_config import ServeConfig
+from emoray.serve_config import HttpConfig, ServeConfig
 from emoray.storage import private_folder
 
 Say = Callable[[str], None]
@@ -90,10 +89,11 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
     joined = _join_own(config.http.port)
     if not joined and os.environ.get("RAY_ADDRESS", "local") == "local":
         _find_and_export(config, say)  # told at once, before anything is started
-    config = config.model_copy(update={"http": _free(config, check=not joined)})
     is_here = cluster.connect()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        if _serve_that_runs() is None:  # else the port is held by the endpoint that is to be changed
+            config = config.model_copy(update={"http": _free(config.http)})
         _need_room(config)
         with ThreadPoolExecutor(1) as beside:
             proxies = beside.submit(_start_serve, config, is_here)
@@ -107,7 +107,8 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
     finally:
         node = ray.get_runtime_context().get_node_id() if is_here else ""
         if is_here:
-            _quietly(serve.shutdown)
+            with suppress(Exception):  # the end comes anyway
+                serve.shutdown()
         cluster.shutdown()
         if is_here:
             front.tidy(node)
@@ -115,7 +116,7 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
 
 def _find_and_export(config: ServeConfig, say: Say) -> None:
     """Raises where there is no model; one without its exports gets them here, once, and not in every replica."""
-    location = place(config.model, os.getcwd())
+    location = locate_model(config.model, os.getcwd())
     find_model(location)
     prepare(location, config.engine, say)
 
@@ -128,11 +129,13 @@ def wait_for_the_end() -> None:
     ended.wait()
 
 
-def _free(config: ServeConfig, check: bool) -> Any:
+def _serve_that_runs() -> Any:
+    """A client of the cluster's Ray Serve, or None."""
+    return _get_global_client(raise_if_no_controller_running=False)
+
+
+def _free(http: HttpConfig) -> HttpConfig:
     """The http section with a port that is free here."""
-    http = config.http
-    if not check:
-        return http
     try:
         with socket.create_server((http.host, http.port)) as listener:
             return http.model_copy(update={"port": listener.getsockname()[1]})
@@ -146,11 +149,11 @@ def _free(config: ServeConfig, check: bool) -> Any:
 def _need_room(config: ServeConfig) -> None:
     """Raises ClusterError where no node could ever hold a replica."""
     cpus, gpus = resources(config.replicas)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-        there = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+    nodes, wanted = cluster.live_nodes(), {"CPU": cpus, "GPU": gpus}
+    if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        there = "; ".join(cluster.amounts(node) for node in nodes)
         raise ClusterError(
-            f"A replica wants {cpus:g} CPU and {gpus:g} GPU, and no node has so much ({there}): "
+            f"A replica wants {cluster.amounts(wanted)}, and no node has so much ({there}): "
             "lower replicas.num_cpus or replicas.num_gpus."
         )
 
@@ -184,7 +187,7 @@ def _address(config: ServeConfig, proxies: Future[None]) -> str:
     Raises:
         ClusterError: Ray Serve runs already, and listens elsewhere.
     """
-    while (client := _get_global_client(raise_if_no_controller_running=False)) is None:
+    while (client := _serve_that_runs()) is None:
         if proxies.done():
             proxies.result()
         time.sleep(0.05)
@@ -201,7 +204,7 @@ def _address(config: ServeConfig, proxies: Future[None]) -> str:
 def _deploy(config: ServeConfig, keys: api_keys.Keys, say: Say) -> tuple[Board, int]:
     """Deploy; returns the board and the number of the change that brings the config's model."""
     board = Board(scope())
-    config = config.model_copy(update={"model": place(config.model, os.getcwd())})
+    config = config.model_copy(update={"model": locate_model(config.model, os.getcwd())})
     runs = _has_replicas() and bool(board.alive())
     if runs:
         number = _change(board, config, say)  # first, so that a model that is refused leaves the old config
@@ -241,8 +244,7 @@ def _until_running(say: Say) -> None:
             raise ClusterError(f"No replica came up within {PATIENCE_S:g} s: {messages[-1]}")
         if waited > 10 and not told:
             told = True
-            free = ray.available_resources()
-            say(f"Waiting for a replica (free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU)")
+            say(f"Waiting for a replica (free now: {cluster.amounts(ray.available_resources())})")
         time.sleep(0.2)
 
 
@@ -325,10 +327,3 @@ def _found_by_others(port: int, is_here: bool) -> Iterator[None]:
     finally:
         if is_here:
             note.unlink(missing_ok=True)
-
-
-def _quietly(action: Callable[[], Any]) -> None:
-    try:
-        action()
-    except Exception as error:  # the end comes anyway
-        logging.getLogger("emoray").debug("while stopping: %s", error)

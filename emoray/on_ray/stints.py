@@ -21,7 +21,7 @@ from emoray.on_ray.tune_search import Suggestions
 from emoray.run import Attempt
 from emoray.sweep import TRIALS, Sweep, Trial, write_record
 from emoray.task import Task, prepare
-from emoray.tune_config import Plan
+from emoray.tune_config import Plan, evaluations
 
 _LOST_ACTORS = 3
 """How often the process that drives a trial may be lost before the trial is given up."""
@@ -73,15 +73,15 @@ class Library:
             "state": self._kept(self._states, self._state_key(config), lambda: put_weights(model.load(*weights))),
         }
 
-    def _kept(self, shelf: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
+    def _kept(self, entries: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
         """What lies under a key, as the newest now; the base's is the first, and never makes room."""
-        if key not in shelf:
-            shelf[key] = make()
-        if key != next(iter(shelf)):
-            shelf[key] = shelf.pop(key)
-        for oldest in list(shelf)[1 : max(1, len(shelf) - self._most)]:
-            del shelf[oldest]
-        return shelf[key]
+        if key not in entries:
+            entries[key] = make()
+        if key != next(iter(entries)):
+            entries[key] = entries.pop(key)
+        for oldest in list(entries)[1 : max(1, len(entries) - self._most)]:
+            del entries[oldest]
+        return entries[key]
 
 
 class Stints(Searcher):
@@ -121,7 +121,7 @@ class Stints(Searcher):
         self.shelf.stop.remote(list(self._live))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        with self._told():
+        with self._errors_end_the_sweep():
             return self._suggest(trial_id)
         return str(Searcher.FINISHED)
 
@@ -131,16 +131,17 @@ class Stints(Searcher):
         if len(self._live) >= self._at_once:
             return None
         self._conclude()
-        while (job := self._next()) is not None:
-            trial, pause_after = job
+        while (found := self._next()) is not None:
+            trial, until = found
             try:
                 config = self._sweep.plan.trial(trial.name, self._trials, trial.values)
-                thing = {"config": config, "pause_after": pause_after, **self._library.of(config)}
+                pause_after = int(until) if until < evaluations(config) else None
+                job = {"config": config, "pause_after": pause_after, **self._library.of(config)}
             except EmorayError as error:
                 self._end(trial, "failed", _reason(error))
                 self._conclude()
                 continue
-            ray.get(self.shelf.put.remote(trial_id, thing))
+            ray.get(self.shelf.put.remote(trial_id, job))
             trial.state, self._live[trial_id], self._spent[trial_id] = "running", trial, trial.seconds
             if self._course.stopping is not None:  # said by the main thread in between
                 self.stop()
@@ -151,15 +152,15 @@ class Stints(Searcher):
     def _trials(self) -> str:
         return f"{self._course.attempt.run.location}/{TRIALS}"
 
-    def _next(self) -> tuple[Trial, int | None] | None:
-        job = next(self._sweep.ready(), None)
-        if job is None and self._suggestions.add():
+    def _next(self) -> tuple[Trial, float] | None:
+        found = next(self._sweep.ready(), None)
+        if found is None and self._suggestions.add():
             write_record(self._sweep.search[-1], self._course.attempt)  # else one that ends later could take its name
-            job = next(self._sweep.ready(), None)
-        return job
+            found = next(self._sweep.ready(), None)
+        return found
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_end_the_sweep(self) -> Iterator[None]:
         """End the sweep with an error's own words: Ray Tune would hand on its traceback, as text."""
         try:
             yield
@@ -169,7 +170,7 @@ class Stints(Searcher):
             self.stop()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        with self._told():
+        with self._errors_end_the_sweep():
             self._learn(trial_id, result)
             self._conclude()
 
@@ -198,7 +199,7 @@ class Stints(Searcher):
         trial = self._live[trial_id]
         news = self._learn(trial_id, result or {})
         del self._live[trial_id]
-        with self._told():
+        with self._errors_end_the_sweep():
             self._complete(trial, news, error)
 
     def _complete(self, trial: Trial, news: dict[str, Any], error: bool) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from emoray import model, run, signals
 from emoray.config import TrainConfig
-from emoray.errors import EmorayError, InterruptedRunError, NotFiniteError, RunError, RunExistsError
+from emoray.errors import EmorayError, InterruptedRunError, NotFiniteError, RunError
 from emoray.on_ray import cluster, elastic, ray_train
 from emoray.on_ray.channel import open_channel
 from emoray.on_ray.cluster import Placement
@@ -25,10 +25,10 @@ from emoray.on_ray.failures import Failures, describe, user_error
 from emoray.on_ray.run_events import RunEvents, Watcher
 from emoray.on_ray.train_metrics import DriverMetrics
 from emoray.on_ray.worker import run_worker
+from emoray.process import WORKER_ENVIRONMENT
 from emoray.storage import Storage
 from emoray.task import Task, prepare, with_absolute_paths
 from emoray.wording import count
-from emoray.world import WORKER_ENVIRONMENT
 
 _POLL_S = 0.2
 _GRACE_S = 60.0
@@ -73,13 +73,10 @@ def train(config: TrainConfig, watcher: Watcher, stint: Stint | None = None) -> 
         EmorayError: whatever a person must mend; nothing was started where it comes before the first step.
     """
     config = with_absolute_paths(config)
-    folder = run.open_run(config)
-    if config.run.on_existing == "fail" and folder.exists():
-        raise RunExistsError(f"{folder.location}: exists, and run.on_existing is fail: choose another run.name")
+    folder = run.open_run(config.run)
+    run.refuse_existing(folder, config.run.on_existing)
     folder.must_be_writable()
     cluster.warn_of_lost_storage(folder.location, watcher.say)
-    if config.run.on_existing == "replace":
-        run.refuse_foreign(folder)
     task = prepare(config, watcher.say) if stint is None else replace(stint.task, config=config)
     if config.run.on_existing != "replace":
         run.refuse_changed(folder, task.identity)

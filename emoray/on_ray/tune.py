@@ -14,14 +14,7 @@ import ray
 from ray import tune
 
 from emoray import model, run, signals
-from emoray.errors import (
-    EmorayError,
-    FencedError,
-    InterruptedRunError,
-    RunError,
-    RunExistsError,
-    StorageError,
-)
+from emoray.errors import EmorayError, FencedError, InterruptedRunError, RunError, StorageError
 from emoray.on_ray import cluster
 from emoray.on_ray.stints import Course, Library, Stints
 from emoray.on_ray.train import put_weights
@@ -29,7 +22,6 @@ from emoray.on_ray.train_metrics import SweepMetrics
 from emoray.on_ray.trial import TrialRun
 from emoray.on_ray.tune_search import must_have_optuna
 from emoray.run import Attempt
-from emoray.storage import Storage, absolute
 from emoray.sweep import RESULTS, TRIALS, Sweep, read_records
 from emoray.sweep_results import finish
 from emoray.task import Task, prepare, with_absolute_paths
@@ -70,13 +62,10 @@ def sweep_on_ray(plan: Plan, watcher: SweepWatcher) -> dict[str, Any]:
         EmorayError: whatever a person must mend; no trial was started where it comes before the first one.
     """
     plan = replace(plan, base=with_absolute_paths(plan.base))
-    folder = Storage(absolute(plan.config.run.storage_path)) / plan.config.run.name
-    if plan.config.run.on_existing == "fail" and folder.exists():
-        raise RunExistsError(f"{folder.location}: exists, and run.on_existing is fail: choose another run.name")
+    folder = run.open_run(plan.config.run)
+    run.refuse_existing(folder, plan.config.run.on_existing)
     folder.must_be_writable()
     cluster.warn_of_lost_storage(folder.location, watcher.say)
-    if plan.config.run.on_existing == "replace":
-        run.refuse_foreign(folder)
     task = prepare(plan.base, watcher.say)
     identity = {**task.identity, "recipe": plan.recipe()}
     if plan.config.run.on_existing != "replace":
@@ -206,9 +195,9 @@ class _Driver:
         if self.signals:
             return "Stopping"
         if tuned.max_minutes is not None and time.monotonic() - self.started > 60 * tuned.max_minutes:
-            return f"tune.max_minutes={tuned.max_minutes:g} are over"
+            return f"tune.max_minutes={tuned.max_minutes:g} is over"
         if tuned.max_gpu_hours is not None and self._gpu_hours() > tuned.max_gpu_hours:
-            return f"tune.max_gpu_hours={tuned.max_gpu_hours:g} are spent"
+            return f"tune.max_gpu_hours={tuned.max_gpu_hours:g} is spent (a higher one lets the sweep go on)"
         return None
 
     def _gpu_hours(self) -> float:

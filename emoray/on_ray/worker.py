@@ -13,10 +13,11 @@ from emoray.finish import finish
 from emoray.learner import as_tensors
 from emoray.on_ray.train_metrics import TrainMetrics
 from emoray.on_ray.worker_control import Leaving, WorkerControl
+from emoray.process import set_up_torch
 from emoray.run import ATTEMPTS, Attempt
 from emoray.storage import Storage
 from emoray.training import train
-from emoray.world import World, set_up_torch
+from emoray.world import World
 
 _BLAME_S = 10.0
 """How long a worker that was broken off keeps quiet, so that Ray finds the dead one first, in seconds."""

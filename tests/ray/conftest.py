@@ -39,7 +39,7 @@ def cluster(bench: Bench) -> Iterator[SmallCluster]:
 def undisturbed(bench: Bench) -> Left:
     """What a run on one worker leaves that nothing happened to, not even Ray."""
     config = cfg.load(config_path(), bench.overrides("undisturbed", SHORT))
-    task, run = prepare(config), open_run(config)
+    task, run = prepare(config), open_run(config.run)
     state = model.load(config.model, task.labels, config.training.seed).state_dict()
     attempt = Attempt.begin(run, task.identity)
     threads = torch.get_num_threads()

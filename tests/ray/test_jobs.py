@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import requests
 from ray.job_submission import JobStatus
+from tiny import train_here
 
 from benchmarks.disturb import Bench, Command, steps_in
-from benchmarks.job_server import ROOT, TOKEN, JobServer
+from benchmarks.job_server import ROOT, TOKEN, JobServer, free_ports
 from emoray import checkpoint
 from emoray.quickstart import config_path
 
@@ -123,3 +125,24 @@ def test_what_the_command_would_refuse_is_refused_before_the_upload(server: JobS
             timeout=60,
         )
         assert tried.returncode == 1 and told in tried.stderr and "Traceback" not in tried.stderr, tried.stderr
+
+
+@pytest.mark.slow
+def test_an_endpoint_on_a_cluster_takes_another_model(
+    server: JobServer, trained_run: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """A second `emoray serve` there finds its port held by the very endpoint that it is to change."""
+    other = train_here([*tiny_overrides, "run.name=other", f"run.storage_path={tmp_path}", "training.seed=7"])
+    (port,) = free_ports(1)
+
+    def serve(model: Path) -> str:
+        arguments = [str(model), f"http.port={port}", "engine=torch", "--json"]
+        environment = {**server.environment, "RAY_ADDRESS": server.address}
+        command = [sys.executable, "-m", "emoray.cli", "serve", *arguments]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert ran.returncode == 0, ran.stderr
+        body = requests.post(f"http://127.0.0.1:{port}/v1/classify", json={"texts": ["i feel fine"]}, timeout=60)
+        assert body.json()["model"] == json.loads(ran.stdout)["model"]
+        return str(body.json()["model"])
+
+    assert serve(trained_run) != serve(other)

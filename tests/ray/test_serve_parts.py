@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emoray.classifier import locate_model
 from emoray.http.service import Scored
 from emoray.on_ray import front, shares, straight
 from emoray.on_ray.autoscaling import BUSY, QUEUED, ByQueuedTokens
 from emoray.on_ray.board import judge
 from emoray.on_ray.guard import AGAIN, Guard, Settings
-from emoray.on_ray.replica import place
 from emoray.on_ray.straight import Straight, set_app
 from emoray.prediction import Prediction
 
@@ -198,11 +198,12 @@ def test_where_a_model_is(tmp_path: Any) -> None:
     (tmp_path / "models").mkdir()
 
     def expect(location: str) -> str:
-        return place(location, str(tmp_path))
+        return locate_model(location, str(tmp_path))
 
     assert expect("s3://bucket/run") == "s3://bucket/run" and expect("/a/b") == "/a/b"
     assert expect("emotion") == str(tmp_path / "runs/emotion") and expect("models") == str(tmp_path / "models")
     assert expect("nowhere") == str(tmp_path / "nowhere")
+    assert expect("~/model") == str(Path.home() / "model")
 
 
 @pytest.mark.skipif(not front.is_there(), reason="no HAProxy for this platform")

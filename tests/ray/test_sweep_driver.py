@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.search import Searcher
 
 from emoray.errors import EmorayError, StorageError
-from emoray.on_ray.stints import Library, Stints
+from emoray.on_ray.stints import Course, Library, Stints
 from emoray.on_ray.tune import _Driver
 from emoray.on_ray.tune_search import _plain
+from emoray.run import Attempt
 from emoray.search_space import Domain
+from emoray.storage import Storage
+from emoray.sweep import Sweep
+from emoray.tune_config import load
+
+ROOT = Path(__file__).parents[2]
 
 
 class Table:
@@ -52,9 +60,22 @@ def test_an_error_in_what_ray_tune_calls_ends_the_sweep_in_its_own_words() -> No
     stints._course = SimpleNamespace(error=None, stopping=None)  # type: ignore[assignment]
     stints.stop = lambda: stopped.append(True)  # type: ignore[method-assign]
     error: EmorayError = StorageError("/sweep: can't be written: no space left")
-    with stints._told():
+    with stints._errors_end_the_sweep():
         raise error
     assert stints._course.error is error and "no space" in str(stints._course.stopping) and stopped == [True]
+
+
+def test_suggested_values_that_do_not_go_together_fail_their_trial_alone(tmp_path: Path) -> None:
+    """Optuna can name such values; ended by them, the sweep would meet them again at each further command."""
+    sweep = Sweep(load(ROOT / "configs" / "tune.yaml", ["tune.searcher=optuna", "tune.num_trials=1"]), [])
+    sweep.add({"training.weight_decay": 0.01, "training.compact_vocabulary": "on"})
+    stints = Stints.__new__(Stints)
+    attempt = Attempt.begin(Storage(str(tmp_path)), {"recipe": {}})
+    stints._course, stints._sweep, stints._at_once, stints._live = Course(sweep, attempt), sweep, 1, {}
+    stints._suggestions = SimpleNamespace(add=lambda: False)  # type: ignore[assignment]
+    assert stints.suggest("a") == Searcher.FINISHED
+    assert stints._course.error is None and sweep.trials[0].state == "failed"
+    assert "compact_vocabulary is on" in sweep.trials[0].reason
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def test_optuna_asks_and_tells_in_the_order_of_trials() -> None:
                 trial.state = "running"
                 running.append((trial, until))
             trial, until = running.pop(order.randrange(len(running)))
-            while len(trial.evaluations) < (until or 8):
+            while len(trial.evaluations) < min(until, 8):
                 place = len(trial.evaluations) + 1
                 value = 0.9 - abs(trial.values["training.learning_rate"] - 2e-4) * 1000 + place / 100
                 trial.evaluations.append({"f1": value, "step": place, "epoch": place / 4})

@@ -138,7 +138,7 @@ class Script(Alone):
 def begin(config: TrainConfig) -> tuple[Task, dict[str, Tensor], Attempt]:
     """What the driver does before the workers start."""
     task = prepare(config)
-    run = open_run(config)
+    run = open_run(config.run)
     refuse_changed(run, task.identity)
     weights = model.load(config.model, task.labels, config.training.seed)
     return task, dict(weights.state_dict()), Attempt.begin(run, task.identity)

@@ -17,8 +17,9 @@ from emoray.config import TrainConfig
 from emoray.cuda_graphs import TEXTS, TOKENS, _numbers
 from emoray.learner import Learner
 from emoray.packing import pack
+from emoray.process import set_up_torch
 from emoray.task import prepare
-from emoray.world import World, set_up_torch
+from emoray.world import World
 
 has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 FEW = (*RECIPE, "training.max_steps=15")  # past an epoch's end, whose batch has fewer texts than there are workers

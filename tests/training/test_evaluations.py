@@ -52,7 +52,7 @@ def test_stopped_between_evaluations(configure: Configure) -> None:
 def test_paused_after_evaluations(configure: Configure) -> None:
     """In stints, as the trials of a sweep are trained: each ends right after its evaluation."""
     config = configure(THRICE)
-    run = open_run(config)
+    run = open_run(config.run)
     for pause, step in ((1, 4), (1, 4), (3, 11), (4, 15)):
         task, state, attempt = begin(config)
         control = Script()

@@ -470,7 +470,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert f"The loss is {factor} at step 10, on the training rows {', '.join(map(str, rows[:8]))}, ...;" in said
     assert "the checkpoint of step 8 is kept" in said
     assert steps_of(folder_of(config)) == [4, 8]
-    assert len(read_history(open_run(config))) <= 9
+    assert len(read_history(open_run(config.run))) <= 9
     assert outcome(run_training(config)) == undisturbed(1)
 
 
