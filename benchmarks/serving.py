@@ -291,11 +291,10 @@ def run(work: Any) -> Any:
 def expected_of(model: Path | str, texts: Sequence[str], engine: str = "torch") -> tuple[str, list[dict[str, float]]]:
     """A model's `name@fingerprint`, and what the classifier itself says of texts, in the endpoint's engine."""
     from emoray import Classifier
-    from emoray.engines.choice import wanted
     from emoray.export import prepare
 
-    prepare(str(model), wanted(engine), lambda line: None)
-    classifier = Classifier.load(model, engine=wanted(engine))
+    prepare(str(model), engine, lambda line: None)
+    classifier = Classifier.load(model, engine=engine)
     name = classifier.facts["config"]["run"]["name"]
     return f"{name}@{classifier.fingerprint}", [prediction.scores for prediction in classifier(texts)]
 

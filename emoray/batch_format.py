@@ -36,14 +36,14 @@ class Format:
     schema: Any = None
 
     @property
-    def new(self) -> list[str]:
+    def added_columns(self) -> list[str]:
         """Names of the columns that are added. In csv a label's score is a column of its own."""
         scores = [f"scores.{label}" for label in self.labels] if self.kind in ("csv", "tsv") else ["scores"]
         return [f"{self.prefix}{name}" for name in ("label", "score", *scores, "truncated", "tokens", "error")]
 
     def must_not_clash(self) -> None:
         """Raises DataError where the input has a column of the same name as a new one."""
-        both = [name for name in self.new if name in self.columns]
+        both = [name for name in self.added_columns if name in self.columns]
         if both:
             raise DataError(
                 "The input",
@@ -61,25 +61,25 @@ class Format:
             verdicts: of each row the prediction, or why there is none.
             header: whether a csv part names its columns.
         """
-        news = [self._news(verdict) for verdict in verdicts]
+        added = [self._added(verdict) for verdict in verdicts]
         if self.kind == "parquet":
-            return self._parquet(kept, news)
+            return self._parquet(kept, added)
         rows = [row.values for row in kept] if isinstance(kept, list) else _rows(kept)
         if self.kind == "jsonl":
-            return b"".join(_json_line({**row, **new}) for row, new in zip(rows, news, strict=True))
-        return self._csv([{**row, **new} for row, new in zip(rows, news, strict=True)], header)
+            return b"".join(_json_line({**row, **values}) for row, values in zip(rows, added, strict=True))
+        return self._csv([{**row, **values} for row, values in zip(rows, added, strict=True)], header)
 
-    def _news(self, verdict: Prediction | str) -> dict[str, Any]:
+    def _added(self, verdict: Prediction | str) -> dict[str, Any]:
         if isinstance(verdict, str):
-            return {**dict.fromkeys(self.new), f"{self.prefix}error": verdict}
+            return {**dict.fromkeys(self.added_columns), f"{self.prefix}error": verdict}
         scores: list[Any] = [verdict.scores[label] for label in self.labels]
         if self.kind not in ("csv", "tsv"):
             scores = [dict(zip(self.labels, scores, strict=True))]
         values = (verdict.label, verdict.score, *scores, verdict.truncated, verdict.tokens, None)
-        return dict(zip(self.new, values, strict=True))
+        return dict(zip(self.added_columns, values, strict=True))
 
     def _csv(self, rows: list[dict[str, Any]], header: bool) -> bytes:
-        text, names = io.StringIO(), [*self.columns, *self.new]
+        text, names = io.StringIO(), [*self.columns, *self.added_columns]
         delimiter = "\t" if self.kind == "tsv" else ","
         writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
         quoting = csv.writer(text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -91,7 +91,7 @@ class Format:
             (quoting if any(isinstance(cell, str) and "\r" in cell for cell in cells) else writer).writerow(cells)
         return text.getvalue().encode(errors="backslashreplace")
 
-    def _parquet(self, kept: Any, news: list[dict[str, Any]]) -> bytes:
+    def _parquet(self, kept: Any, added: list[dict[str, Any]]) -> bytes:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -103,10 +103,10 @@ class Format:
             arrays = [
                 kept.column(name).cast(schema.field(name).type, safe=False)  # whole numbers beyond 2**53 as floats
                 if name in there
-                else pa.nulls(len(news), schema.field(name).type)
+                else pa.nulls(len(added), schema.field(name).type)
                 for name in self.columns
             ]
-        arrays += [pa.array([new[name] for new in news], schema.field(name).type) for name in self.new]
+        arrays += [pa.array([values[name] for values in added], schema.field(name).type) for name in self.added_columns]
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink)
         return sink.getvalue()
@@ -116,7 +116,7 @@ class Format:
 
         scores = pa.struct([(label, pa.float64()) for label in self.labels])
         types = (pa.string(), pa.float64(), scores, pa.bool_(), pa.int32(), pa.string())
-        new = [pa.field(name, kind) for name, kind in zip(self.new, types, strict=True)]
+        new = [pa.field(name, kind) for name, kind in zip(self.added_columns, types, strict=True)]
         if self.schema is not None:
             return pa.schema([*self.schema, *new], metadata=self.schema.metadata)
         return pa.schema([*(pa.field(name, _type(kinds)) for name, kinds in self.columns.items()), *new])

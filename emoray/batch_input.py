@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -13,7 +15,7 @@ from typing import Any
 
 from emoray.batch_rows import Lines, Piece, read_rows
 from emoray.data_files import NOT_DATA
-from emoray.data_formats import FORMATS, delimiter_of
+from emoray.data_formats import FORMATS, NOT_UTF8, ONE_ARRAY, delimiter_of, is_utf16, suffix_of
 from emoray.errors import DataError
 from emoray.storage import Storage, absolute
 from emoray.wording import first_line, listing, nearest
@@ -79,7 +81,7 @@ def find(sources: Sequence[str]) -> list[File]:
         files = _find(source, problems)
         prefix = f"{number + 1}/" if len(sources) > 1 else ""
         found += [replace(file, name=prefix + file.name) for file in files]
-    twice = sorted({file.location for file in found if sum(other.location == file.location for other in found) > 1})
+    twice = sorted(location for location, times in Counter(file.location for file in found).items() if times > 1)
     problems += [f"{location}: is named twice, so its rows would count twice" for location in twice]
     kinds = sorted({file.kind for file in found})
     if len({kind.replace("tsv", "csv") for kind in kinds}) > 1:
@@ -93,9 +95,9 @@ def _find(source: str, problems: list[str]) -> list[File]:
     location = absolute(source)
     storage = Storage(location)
     if storage.is_file():
-        kind = _READ.get(_suffix(location))
+        kind = _READ.get(suffix_of(location))
         if kind is None:
-            problems.append(f"'{source}' ends in '{_suffix(location)}', but only {listing(list(_READ))} are read")
+            problems.append(f"'{source}' ends in '{suffix_of(location)}', but only {listing(list(_READ))} are read")
             return []
         with storage.opened() as stream:
             return [File(location.rsplit("/", 1)[-1], location, kind, stream.size())]
@@ -107,18 +109,13 @@ def _find(source: str, problems: list[str]) -> list[File]:
         problems.append(f"'{source}': there is no such file or folder")
         return []
     files = [
-        File(name, f"{storage.location}/{name}", _READ[_suffix(name)], size)
+        File(name, f"{storage.location}/{name}", _READ[suffix_of(name)], size)
         for name, size in sorted(storage.files().items())
-        if _suffix(name) in _READ and not _hidden(name) and _matches(f"{storage.location}/{name}", pattern)
+        if suffix_of(name) in _READ and not _hidden(name) and _matches(f"{storage.location}/{name}", pattern)
     ]
     if not files:
         problems.append(f"'{source}': holds no file that ends in {listing(list(_READ))}")
     return files
-
-
-def _suffix(name: str) -> str:
-    last = name.rsplit("/", 1)[-1]
-    return f".{last.rsplit('.', 1)[-1].lower()}" if "." in last else ""
 
 
 def _hidden(name: str) -> bool:
@@ -224,15 +221,14 @@ def _beginning(
     """
     head: bytes = stream.read(4)
     stream.seek(0)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        problems.append(f"{file.name}: is UTF-16, but must be UTF-8: save it as UTF-8")
+    if is_utf16(head):
+        problems.append(f"{file.name}: {NOT_UTF8}")
         return None
-    if head.startswith(b"\xef\xbb\xbf"):
-        lines.skip(3)
+    if head.startswith(codecs.BOM_UTF8):
+        lines.skip(len(codecs.BOM_UTF8))
     if file.kind == "jsonl":
-        if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
-            remedy = "convert it (jq -c '.[]')"
-            problems.append(f"{file.name}: is one JSON array, but must hold one object a line: {remedy}")
+        if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            problems.append(f"{file.name}: {ONE_ARRAY}")
             return None
         return (), ""
     usual = "\t" if file.kind == "tsv" else ","

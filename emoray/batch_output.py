@@ -10,12 +10,12 @@ from typing import Any
 from emoray import run
 from emoray.batch_format import Format
 from emoray.batch_input import takes_in
-from emoray.data_formats import FORMATS
+from emoray.data_formats import FORMATS, suffix_of
 from emoray.errors import ConfigError, DataError, RunExistsError
 from emoray.run import ATTEMPTS, Attempt, read_json
 from emoray.storage import Storage, absolute
 
-KINDS = ("jsonl", "csv", "tsv", "parquet")
+KINDS = set(FORMATS.values()) - {"txt"}
 SUMMARY = "summary.json"
 _DONE, _PARTS = "done", "parts"
 _READERS = 16
@@ -40,7 +40,7 @@ class Output:
     def __init__(self, location: str, kind: str | None, of_input: str) -> None:
         self.location = absolute(location).rstrip("/")
         folder, _, self._name = self.location.rpartition("/")
-        suffix = FORMATS.get("." + self._name.rpartition(".")[2].lower()) if "." in self._name else None
+        suffix = FORMATS.get(suffix_of(self._name))
         self.is_file = suffix in KINDS
         if self.is_file and kind not in (None, suffix):
             raise ConfigError("--output", [f"'{location}' is {suffix} by its name, but --format is {kind}: change one"])

@@ -28,6 +28,9 @@ from emoray.storage import Storage
 
 MANIFEST = "manifest.json"
 FACTS = "emoray.json"
+WEIGHTS = "model.safetensors"
+OPTIMIZER, PROGRESS = "training/optimizer.safetensors", "training/progress.json"
+"""What a run goes on from, beside the weights; not in best/."""
 FOLDER, BEST = "checkpoints", "best"
 """Below a run's folder: what it goes on from, and the model that it leaves."""
 EXPORTS = "onnx"

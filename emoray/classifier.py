@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from emoray import checkpoint
 from emoray.attribution import Explanation, explain
-from emoray.engines import Engine
-from emoray.engines.choice import Wanted, open_engine
+from emoray.engines import Engine, Wanted
+from emoray.engines.choice import open_engine
 from emoray.errors import CheckpointError, ModelError
 from emoray.metrics import Calibration, softmax
 from emoray.prediction import Prediction

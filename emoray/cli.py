@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from emoray.engines import Wanted
 from emoray.errors import EmorayError, InterruptedRunError, StorageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ Overrides = Annotated[
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, its best/, or a checkpoint; path or URI.")]
 Engine = Annotated[
-    str, typer.Option(metavar="ENGINE", help="torch, onnx, onnx-int8 (see `emoray export`), or auto: the fastest.")
+    Wanted, typer.Option(metavar="ENGINE", help="torch, onnx, onnx-int8 (see `emoray export`), or auto: the fastest.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
 
@@ -62,9 +63,8 @@ def quickstart() -> None:
     config = load(small.config_path(), ["run.on_existing=replace"])
     small.make_encoder(Path(config.model.pretrained))
     _train(config, as_json=False)
-    best = Path(config.run.storage_path) / config.run.name / "best"
     out("\nThree sentences, classified:")
-    _print_predictions(str(best), list(small.SENTENCES))
+    _print_predictions(f"{config.run.storage_path}/{config.run.name}", list(small.SENTENCES))
 
 
 @_command("emoray train configs/emotion.yaml run.name=mine training.learning_rate=3e-5")
@@ -76,16 +76,18 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 
 
 def _train(config: TrainConfig, as_json: bool) -> None:
+    from emoray.checkpoint import BEST
     from emoray.console import TrainingDisplay, out
     from emoray.evaluation import results_table
     from emoray.on_ray.train import train as train_on_ray
+    from emoray.run import REPORT
 
     with TrainingDisplay() as display:
         results = train_on_ray(config, display)
     out(json.dumps(results) if as_json else "\n" + results_table(results).rstrip())
     if not as_json:
         folder = f"{config.run.storage_path}/{config.run.name}"
-        display.say(f"Model: {folder}/best   Report: {folder}/report.html")
+        display.say(f"Model: {folder}/{BEST}   Report: {folder}/{REPORT}")
 
 
 @_command("emoray tune configs/tune.yaml model.pretrained=my-encoder/ tune.num_trials=8")
@@ -104,10 +106,13 @@ def tune(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
     if as_json:
         out(json.dumps(results))
         return
+    from emoray.checkpoint import BEST
+    from emoray.run import REPORT
     from emoray.storage import Storage, absolute
+    from emoray.sweep_results import BEST_CONFIG, TABLE
 
-    out("\n" + Storage(absolute(folder)).read_text("sweep.md").rstrip())
-    display.say(f"Config: {folder}/best.yaml   Model: {folder}/best   Report: {folder}/report.html")
+    out("\n" + Storage(absolute(folder)).read_text(TABLE).rstrip())
+    display.say(f"Config: {folder}/{BEST_CONFIG}   Model: {folder}/{BEST}   Report: {folder}/{REPORT}")
 
 
 @_command("emoray show configs/emotion.yaml training.num_epochs=3")
@@ -176,15 +181,14 @@ def classify(
 
 
 def _print_predictions(
-    model: str, texts: list[str], as_json: bool = False, explain: bool = False, engine: str = "torch"
+    model: str, texts: list[str], as_json: bool = False, explain: bool = False, engine: Wanted = "torch"
 ) -> None:
     from dataclasses import asdict
 
     from emoray.classifier import Classifier
     from emoray.console import out
-    from emoray.engines.choice import wanted
 
-    classifier = Classifier.load(model, engine=wanted(engine))
+    classifier = Classifier.load(model, engine=engine)
     explanations = classifier.explain(texts) if explain else [None] * len(texts)
     for text, prediction, explanation in zip(texts, classifier(texts), explanations, strict=True):
         if as_json:
@@ -205,7 +209,9 @@ def evaluate(
         typer.Argument(metavar="MODEL [MODEL]", help="A run's folder, its best/, or a checkpoint; two are compared."),
     ],
     data: Annotated[str | None, typer.Option(help="Data to score on; default: what the model was trained on.")] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[
+        Literal["train", "validation", "test"], typer.Option(metavar="SPLIT", help="train, validation or test.")
+    ] = "test",
     language_column: Annotated[
         str | None, typer.Option(help="Column that holds the language: figures for each one.")
     ] = None,
@@ -216,7 +222,6 @@ def evaluate(
     """Score a model on a labelled split, or two on the same rows: do they differ by more than chance?"""
     from emoray.classifier import Classifier
     from emoray.console import out
-    from emoray.engines.choice import wanted
     from emoray.evaluation import as_dict, evaluation_text, rows_for, score_on
 
     if len(models) > 2:
@@ -225,7 +230,7 @@ def evaluate(
         raise typer.BadParameter(
             "a report is of one model: leave out --report, or name one model", param_hint="--report"
         )
-    classifiers = [Classifier.load(model, engine=wanted(engine)) for model in models]
+    classifiers = [Classifier.load(model, engine=engine) for model in models]
     rows = rows_for(classifiers[0], data, split, language_column)
     if len(classifiers) == 2:
         from emoray.comparison import comparison_text, on_same_rows
@@ -262,22 +267,21 @@ def predict(
         str | None, typer.Option(help="Column of the texts; default: the one that the model was trained on.")
     ] = None,
     file_format: Annotated[
-        str | None,
-        typer.Option("--format", help="jsonl, csv, tsv or parquet; default: by the output's name, else as the input."),
+        Literal["jsonl", "csv", "tsv", "parquet"] | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="jsonl, csv, tsv or parquet; default: by the output's name, else as the input.",
+        ),
     ] = None,
     prefix: Annotated[str, typer.Option(help="Begins the names of the new columns, e.g. predicted_.")] = "",
     on_existing: Annotated[
-        str, typer.Option(help="What is there already: resume, fail or replace.", metavar="WHAT")
+        Literal["resume", "fail", "replace"],
+        typer.Option(help="What is there already: resume, fail or replace.", metavar="WHAT"),
     ] = "resume",
     as_json: Json = False,
 ) -> None:
     """Score files on Ray Data, row by row; the same command goes on where it was stopped."""
-    for name, value, known in (
-        ("--format", file_format, (None, "jsonl", "csv", "tsv", "parquet")),
-        ("--on-existing", on_existing, ("resume", "fail", "replace")),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"{value!r} is none of {', '.join(filter(None, known))}", param_hint=name)
     overrides = [given for given in inputs if given.startswith("workers.") and "=" in given]
     sources = [given for given in inputs if given not in overrides]
     if not sources:
@@ -300,7 +304,8 @@ def predict(
 def export(
     model: Model,
     precision: Annotated[
-        str | None, typer.Option(metavar="fp32|int8", help="One of the two; default: both.", show_default=False)
+        Literal["fp32", "int8"] | None,
+        typer.Option(metavar="fp32|int8", help="One of the two; default: both.", show_default=False),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Data to compare on, its validation split; default: the model's own.")
@@ -308,16 +313,11 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write ONNX graphs beside a model; int8 is kept only if it loses no more than half a point of accuracy."""
+    from emoray import export as exports
     from emoray.console import out
     from emoray.console import say as tell
 
-    if precision not in (None, "fp32", "int8"):
-        raise typer.BadParameter(f"is '{precision}', but must be fp32 or int8", param_hint="--precision")
-    from emoray import export as exports
-    from emoray.engines.exports import Precision
-
-    wanted: tuple[Precision, ...] = ("fp32", "int8") if precision is None else (precision,)  # type: ignore[assignment]
-    made = exports.export(model, wanted, data, tell)
+    made = exports.export(model, ("fp32", "int8") if precision is None else (precision,), data, tell)
     if as_json:
         out(json.dumps([exports.as_dict(found) for found in made]))
     else:
@@ -379,7 +379,7 @@ def submit(
     runtime_env: Annotated[
         str | None, typer.Option(help="For clusters that lack emoray: cluster/runtime_env.yaml.")
     ] = None,
-    retries: Annotated[int, typer.Option(help="How often a job that is lost is given again, to go on.")] = 0,
+    retries: Annotated[int, typer.Option(help="How often a job that is lost is submitted again, to go on.")] = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Don't follow the job.")] = False,
     follow: Annotated[str | None, typer.Option(metavar="JOB", help="Follow a job that was submitted before.")] = None,
 ) -> None:

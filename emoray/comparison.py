@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 """A difference counts where chance alone would show one as large less often than this."""
-NAMES = {"accuracy": "accuracy", "f1": "F1", "macro_f1": "macro F1", "loss": "loss", "ece": "ECE", "brier": "Brier"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def compare(first: Scored, second: Scored, models: tuple[str, str]) -> Compariso
     """
     if first.texts != second.texts or first.labels != second.labels or (first.targets != second.targets).any():
         raise ValueError("two models are compared on the same rows, with their labels in the same order")
-    figures = [{name: split.metrics()[name] for name in NAMES} for split in (first, second)]
+    figures = [{name: split.metrics()[name] for name in metrics.NAMES} for split in (first, second)]
     drawn = [
         uncertainty.bootstrap(split.logits, split.targets, calibration=split.calibration) for split in (first, second)
     ]
@@ -109,7 +108,7 @@ def compare(first: Scored, second: Scored, models: tuple[str, str]) -> Compariso
         models=models,
         split=first.split,
         rows=len(first),
-        figures={name: (figures[0][name], figures[1][name]) for name in NAMES},
+        figures={name: (figures[0][name], figures[1][name]) for name in metrics.NAMES},
         differences={
             name: (figures[1][name] - figures[0][name], *_interval(drawn[1][name] - drawn[0][name]))
             for name in drawn[0]
@@ -167,7 +166,7 @@ def comparison_text(found: Comparison) -> str:
         f"  B  {second}",
         f"  {'':<10}{'A':>10}{'B':>10}{'B - A':>10}   95% (paired bootstrap)",
     ]
-    for key, name in NAMES.items():
+    for key, name in metrics.NAMES.items():
         a, b = found.figures[key]
         line = f"  {name:<10}{a:>10.4f}{b:>10.4f}{b - a:>+10.4f}"
         if key in found.differences:

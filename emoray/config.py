@@ -14,6 +14,9 @@ from pydantic import Field, model_validator
 
 from emoray.config_files import Fraction, Number, PositiveInt, Section, Switch, flatten, load_as, validate
 
+BestMetric = Literal["f1", "macro_f1", "accuracy", "loss"]
+"""What checkpoints and trials are compared by, on validation."""
+
 
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "emotion"
@@ -103,7 +106,7 @@ class TrainingConfig(Section):
     """Share of a label's probability that is spread over all labels."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 autocast on GPUs that have it, else fp32."""
-    metric_for_best_model: Literal["f1", "macro_f1", "accuracy", "loss"] = "f1"
+    metric_for_best_model: BestMetric = "f1"
     """Validation metric that picks best/ (loss: the lowest; the others: the highest)."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a better metric; null never stops early."""
@@ -221,6 +224,11 @@ class TrainConfig(Section):
         else:
             del keys["training.train_batch_size"]
         return keys
+
+
+def column_and_sign(metric: str) -> tuple[str, float]:
+    """An evaluation's column that a `BestMetric` is, and 1 where more of it is better, else -1."""
+    return ("validation_loss", -1.0) if metric == "loss" else (metric, 1.0)
 
 
 def load(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:

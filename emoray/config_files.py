@@ -230,6 +230,13 @@ def _suggest(path: str, owner: type[BaseModel], schema: type[BaseModel]) -> str:
     return nearest(name, owner.model_fields)
 
 
+def plain(value: Any) -> str:
+    """A value as a config file has it, on one line, with all its digits."""
+    if isinstance(value, str):
+        return value
+    return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys."""
     flat: dict[str, Any] = {}

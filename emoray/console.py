@@ -7,7 +7,10 @@ import time
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from emoray.wording import clock
 
 LOG_EVERY_S = 10.0
 """A job's log gets a line of progress this often, in seconds."""
@@ -63,33 +66,43 @@ class Meter:
         if done == first:
             return ""
         left = (now - started) / (done - first) * (total - done)
-        return f"{int(left) // 60}:{int(left) % 60:02d} left"
+        return f"{clock(left)} left"
 
 
-_D = TypeVar("_D", bound="_Display")
+_D = TypeVar("_D", bound="Display")
 
 
-class _Display:
-    """Sentences, and a live bar on a terminal; in a log a plain line at a steady pace.
+class Display:
+    """Sentences, and what is live on a terminal; in a log plain lines at a steady pace.
 
     Use it as a context manager.
     """
 
-    def __init__(self, what: str, unit: str) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self._meter = Meter(self.console, what, unit)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or _stderr()
 
     def __enter__(self: _D) -> _D:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._meter.stop()
+        """What is live ends with the block."""
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
 
 
-class TrainingDisplay(_Display):
+class _MeterDisplay(Display):
+    """Sentences, and a bar."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        super().__init__()
+        self._meter = Meter(self.console, what, unit)
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.stop()
+
+
+class TrainingDisplay(_MeterDisplay):
     """A run's steps and evaluations."""
 
     def __init__(self) -> None:
@@ -115,7 +128,7 @@ def _figures(row: dict[str, Any]) -> str:
     )
 
 
-class ScoringDisplay(_Display):
+class ScoringDisplay(_MeterDisplay):
     """Rows that are scored."""
 
     def __init__(self) -> None:
@@ -133,18 +146,16 @@ class ScoringDisplay(_Display):
 
 def say(line: str) -> None:
     """A line about what is going on, on stderr."""
-    Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
+    _stderr().print(line, markup=False, soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """One clear message on stderr."""
-    Console(stderr=True, highlight=False).print(f"[bold red]error[/]: {_escaped(message)}", soft_wrap=True)
+    _stderr().print(f"[bold red]error[/]: {escape(message)}", soft_wrap=True)
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
 
 
 def out(text: str) -> None:

@@ -105,10 +105,24 @@ def read_file(path: Path, where: str, columns: Columns, problems: list[str]) -> 
     return rows
 
 
+def is_utf16(head: bytes) -> bool:
+    return head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
+NOT_UTF8 = "is UTF-16, but must be UTF-8: save it as UTF-8"
+ONE_ARRAY = "is one JSON array, but must hold one object a line: convert it (jq -c '.[]')"
+
+
+def suffix_of(name: str) -> str:
+    """`.csv` of `a/b.CSV`; nothing where a name has none."""
+    last = name.rsplit("/", 1)[-1]
+    return f".{last.rsplit('.', 1)[-1].lower()}" if "." in last else ""
+
+
 def _decode(raw: bytes, rows: Rows, problems: list[str]) -> str:
     """UTF-8 with or without a byte order mark; undecodable bytes are reported and replaced."""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        problems.append(f"{rows.where}: is UTF-16 (byte 1 is 0x{raw[0]:02x}), but must be UTF-8: save it as UTF-8")
+    if is_utf16(raw):
+        problems.append(f"{rows.where}: {NOT_UTF8}")
         return ""
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
@@ -141,7 +155,7 @@ def missing_columns(where: str, columns: Columns, existing: Sequence[str]) -> li
 
 def _read_jsonl(text: str, rows: Rows, columns: Columns, problems: list[str]) -> None:
     if text.lstrip().startswith("["):
-        problems.append(f"{rows.where}: is one JSON array, but must hold one object a line: convert it (jq -c '.[]')")
+        problems.append(f"{rows.where}: {ONE_ARRAY}")
         return
     broken: list[int] = []
     others: list[int] = []

@@ -16,8 +16,6 @@ import numpy as np
 
 from emoray import data, metrics, uncertainty
 from emoray.config import DataConfig, parse
-from emoray.data_files import SPLITS
-from emoray.errors import DataError
 from emoray.metrics import NO_CALIBRATION, Array, Calibration, LabelScore, Reliability
 from emoray.storage import absolute
 from emoray.tokens import Tokens
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 
 TABLE_HEADER = "| Epoch | Step | Validation Loss | Accuracy | F1 |"
 _EPOCH_KEYS = ("epoch", "step", "validation_loss", "accuracy", "f1")
-_TEST_NAMES = {"accuracy": "accuracy", "f1": "F1", "macro_f1": "macro F1", "loss": "loss", "ece": "ECE"}
 
 
 class SliceScore(TypedDict):
@@ -124,6 +121,10 @@ class Scored:
 
     def metrics(self) -> dict[str, float]:
         """loss, accuracy, f1, macro_f1, ece and brier as in metrics.compute, and the number of rows."""
+        return self._metrics
+
+    @cached_property
+    def _metrics(self) -> dict[str, float]:
         return {**metrics.compute(self.logits, self.targets, *self.calibration), "rows": len(self)}
 
     def per_label(self) -> list[LabelScore]:
@@ -134,11 +135,16 @@ class Scored:
         """int64 [L, L]: row = true label, column = predicted label."""
         return metrics.confusion(self.logits, self.targets)
 
-    def intervals(self, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """95% bootstrap intervals of accuracy, f1, macro_f1, loss and brier."""
-        return uncertainty.bootstrap_intervals(
-            self.logits, self.targets, resamples, seed=seed, calibration=self.calibration
-        )
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95% intervals of accuracy (Wilson's: resampling a model that is always right would give no width), f1,
+        macro_f1, loss and brier (bootstrap)."""
+        return self._intervals
+
+    @cached_property
+    def _intervals(self) -> dict[str, tuple[float, float]]:
+        wilson = uncertainty.wilson_interval(self._metrics["accuracy"], len(self))
+        others = uncertainty.bootstrap_intervals(self.logits, self.targets, calibration=self.calibration)
+        return {**others, "accuracy": wilson}
 
     def calibrated_ece_range(self) -> tuple[float, float]:
         """ECEs that a perfectly calibrated model as sure as this one would show on as many rows, 95% of them."""
@@ -199,7 +205,7 @@ class Scored:
                 )
         return found
 
-    def worst(self, count: int = 20) -> list[WrongRow]:
+    def worst(self, count: int) -> list[WrongRow]:
         """The wrong rows that the model is surest about, surest first."""
         sure = self.probabilities.max(1)
         wrong = np.flatnonzero(self.predicted != self.targets)
@@ -220,14 +226,14 @@ class Scored:
         return self.probabilities if calibrated else metrics.softmax(self.logits)
 
 
-def results(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], test: Scored | None) -> dict[str, Any]:
+def results(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], test: Scored) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
         epochs: one entry an evaluation on validation: epoch, step, validation_loss, accuracy, f1, and what
             else was measured.
         best: the entry that best/ was taken from.
-        test: the best checkpoint on the test split; None where the data has none.
+        test: the best checkpoint on the test split.
 
     Raises:
         ValueError: an entry lacks one of the five keys.
@@ -235,7 +241,7 @@ def results(epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any], test: 
     return {
         "epochs": [_entry(epoch) for epoch in epochs],
         "best": _entry(best),
-        "test": None if test is None else {**test.metrics(), **test.calibration._asdict()},
+        "test": {**test.metrics(), **test.calibration._asdict()},
     }
 
 
@@ -247,7 +253,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         lines.append(f"| {entry['epoch']:g} | {entry['step']} | {figures} |")
     test = results.get("test")
     if test:
-        figures = ", ".join(f"{name} {test[key]:.4f}" for key, name in _TEST_NAMES.items() if key in test)
+        figures = ", ".join(f"{name} {test[key]:.4f}" for key, name in metrics.NAMES.items() if key in test)
         rows = f" ({test['rows']:,} rows)" if "rows" in test else ""
         lines += ["", f"Test{rows}: {figures}"]
     return "\n".join(lines) + "\n"
@@ -278,8 +284,6 @@ def evaluate(classifier: Classifier, dataset: str | None, split: str, language_c
 def rows_for(classifier: Classifier, dataset: str | None, split: str, language_column: str | None = None) -> data.Split:
     """The rows that `evaluate` scores, labelled with the ids of this model; arguments and errors as there."""
     config = parse(classifier.facts["config"]).data
-    if split not in SPLITS:
-        raise DataError("--split", [f"is '{split}', but must be one of {', '.join(SPLITS)}"])
     own = config.dataset
     changes = {"labels": classifier.labels, "dataset": dataset, "language_column": language_column}
     given = {key: value for key, value in changes.items() if value is not None}
@@ -312,7 +316,7 @@ def evaluation_text(scored: Scored) -> str:
     """Headline metrics with their 95% intervals, and a line a label, for a terminal."""
     figures, intervals = scored.metrics(), scored.intervals()
     lines = [f"{scored.split}: {len(scored):,} rows"]
-    for key, name in _TEST_NAMES.items():
+    for key, name in metrics.NAMES.items():
         span = f"   (95%: {intervals[key][0]:.4f} to {intervals[key][1]:.4f})" if key in intervals else ""
         lines.append(f"  {name:<10}{figures[key]:.4f}{span}")
     lines.append(f"  {'label':<14}{'precision':>10}{'recall':>10}{'F1':>10}{'rows':>10}")

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from emoray import checkpoint, metrics
 from emoray.classifier import Classifier, find_model
 from emoray.data import QUICKSTART
-from emoray.engines.choice import Wanted, exports_for
-from emoray.engines.exports import FACTS, FORMAT, Export, Precision, cache, find, read
+from emoray.engines import Wanted
+from emoray.engines.choice import exports_for
+from emoray.engines.exports import FACTS, FORMAT, GRAPH, Export, Precision, cache, find, read
 from emoray.errors import CheckpointError, DataError, EmorayError, MissingExtraError
 from emoray.evaluation import rows_for
 from emoray.storage import Storage
@@ -37,7 +38,6 @@ ROWS = 4000
 """Rows of the validation split that are compared, at the most."""
 SAMPLE = 320
 """Texts from which int8 takes its scales."""
-GRAPH = "model.onnx"
 
 Say = Callable[[str], None]
 
@@ -165,13 +165,12 @@ def _write(
 
 
 def _trace(folder: Path, file: Path) -> int:
-    """Write a model's graph, and return the token that fills padded batches."""
+    """Write a model's graph, and return the token that pads batches."""
     from emoray.engines import graph, pytorch
 
     model = pytorch.load_model(folder)
     with _hushed():
-        graph.export(model, file)
-    return int(model.config.pad_token_id or 0)
+        return graph.export(model, file)
 
 
 @contextmanager
@@ -278,7 +277,8 @@ def _compare(
             parity[key], parity[f"{key}_of_model"] = round(of_graph[key], 6), round(of_model[key], 6)
         lost = of_model["accuracy"] - of_graph["accuracy"]
         if lost > MAY_LOSE:
-            reason = f"{precision} loses {100 * lost:.2f} points of accuracy on validation, and 0.5 is the limit"
+            limit = f"{100 * MAY_LOSE:g} is the limit"
+            reason = f"{precision} loses {100 * lost:.2f} points of accuracy on validation, and {limit}"
     return {"parity": parity, "accepted": reason is None, "reason": reason}
 
 

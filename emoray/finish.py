@@ -16,7 +16,7 @@ from emoray.classifier import Classifier
 from emoray.evaluation import Scored
 from emoray.learner import Learner
 from emoray.progress import Progress, fill_model_folder
-from emoray.run import RESULTS, Attempt, read_history
+from emoray.run import REPORT, RESULTS, Attempt, read_history
 from emoray.storage import is_uri
 from emoray.task import Task
 
@@ -59,7 +59,7 @@ def finish(learner: Learner, progress: Progress, attempt: Attempt) -> dict[str, 
         (folder / "README.md").write_text(model_card.render(_card(task, results, scored, facts)), encoding="utf-8")
 
     checkpoint.write(attempt.run, checkpoint.BEST, fill, attempt.check)
-    attempt.write("report.html", report.render(_report(task, history, results, scored, facts, asked[-1])))
+    attempt.write(REPORT, report.render(_report(task, history, results, scored, facts, asked[-1])))
     attempt.write("results.md", evaluation.results_table(results))
     attempt.write(RESULTS, json.dumps(results, indent=1))
     return results
@@ -119,7 +119,6 @@ def _card(
         results=results,
         validation=scored["validation"],
         test=scored["test"],
-        calibration=scored["test"].calibration,
         base_model=_hub_id(config.model.pretrained) if not config.model.from_scratch else None,
         dataset_id=_hub_id(config.data.dataset) if config.data.dataset != "quickstart" else None,
         max_length=config.model.max_length,

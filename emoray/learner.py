@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from emoray import checkpoint
 from emoray.cuda_graphs import FilledBatch, GraphedPasses
 from emoray.dropout import seed_dropout
 from emoray.errors import ModelError
@@ -30,8 +31,6 @@ from emoray.tokens import BatchPlan
 from emoray.vocabulary import CompactVocabulary, is_exact
 from emoray.world import World
 
-WEIGHTS = "model.safetensors"
-OPTIMIZER = "training/optimizer.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -226,7 +225,7 @@ class Learner:
 
     def load_weights(self, folder: Path) -> None:
         """Take over the weights of a checkpoint of this run."""
-        weights = load_file(folder / WEIGHTS)
+        weights = load_file(folder / checkpoint.WEIGHTS)
         if self.vocabulary is not None:
             name = self.vocabulary.name
             # A copy: the checkpoint's file, which this one only maps, will be deleted.
@@ -237,7 +236,7 @@ class Learner:
     def load(self, folder: Path, step: int) -> None:
         """Go on from a checkpoint: weights and optimizer as they were before `step`."""
         self.load_weights(folder)
-        moments = load_file(folder / OPTIMIZER)
+        moments = load_file(folder / checkpoint.OPTIMIZER)
         rows = moments.pop("rows", None)
         for parameter, name in self.names.items():
             if f"exp_avg/{name}" not in moments:
@@ -306,10 +305,3 @@ def _mean_in_bf16(bucket: Any) -> torch.futures.Future[Tensor]:
     mean = gradients.to(torch.bfloat16).div_(dist.get_world_size())
     future = dist.all_reduce(mean, async_op=True).get_future()
     return future.then(lambda done: gradients.copy_(done.value()[0]))  # type: ignore[no-any-return]
-
-
-def as_tensors(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, Tensor]:
-    """Tensors over read-only arrays, without a copy."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "not writable": nothing writes to them
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -25,6 +25,21 @@ POWER_BOUNDS = (0.4, 2.5)
 CHI2_1_AT_1_PERCENT = 6.635  # upper quantile of chi-squared with one degree of freedom
 
 
+NAMES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "macro_f1": "macro F1",
+    "loss": "loss",
+    "ece": "ECE",
+    "brier": "Brier",
+}
+"""What the figures of `compute` are called in a sentence, and in a terminal's table."""
+TITLES = {**{key: name[:1].upper() + name[1:] for key, name in NAMES.items()}, "f1": "F1 (weighted)"}
+"""What they are called at the head of a table or a page."""
+EVALUATED = {"validation_loss": "loss", "accuracy": "accuracy", "f1": "f1", "macro_f1": "macro_f1"}
+"""Of an evaluation during training: its columns, and the figure that each is."""
+
+
 class LabelScore(TypedDict):
     """One line of the per-label table; support is the number of rows that truly have the label."""
 

@@ -6,12 +6,15 @@ import contextlib
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -230,3 +233,15 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
         if bar:
             transformers.utils.logging.enable_progress_bar()
+
+
+def as_arrays(model: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """A model's weights by name: in Ray's object store a node has one copy, however many workers read it."""
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def as_tensors(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, Tensor]:
+    """Tensors over read-only arrays, without a copy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "not writable": nothing writes to them
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

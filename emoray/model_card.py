@@ -11,15 +11,12 @@ from typing import Any
 
 import yaml
 
+from emoray.config_files import plain
 from emoray.evaluation import Scored, results_table
-from emoray.metrics import Calibration
+from emoray.metrics import TITLES
 
-_METRICS = {
-    "accuracy": ("accuracy", "Accuracy"),
-    "f1": ("f1", "F1 (weighted)"),
-    "macro_f1": ("f1", "Macro F1"),
-    "loss": ("loss", "Cross-entropy (nats)"),
-}
+_TYPES = {"accuracy": "accuracy", "f1": "f1", "macro_f1": "f1", "loss": "loss"}
+"""The figures of a card, and what the Hub calls each."""
 _FEW = 100  # rows of a label below which its figures are called uncertain
 
 
@@ -36,8 +33,7 @@ class CardInput:
         recipe: dotted config key -> value.
         results: the content of results.json.
         validation: the model's outputs on validation.
-        test: the same on test; None where the data has none.
-        calibration: fitted on validation, or none.
+        test: the same on test, of which the details are.
         base_model: Hub id of the encoder; None for a local folder or random weights.
         dataset_id: Hub id of the data set; None for files.
         max_length: tokens at which texts were cut.
@@ -52,43 +48,35 @@ class CardInput:
     fingerprint: str
     recipe: Mapping[str, Any]
     results: Mapping[str, Any]
-    validation: Scored | None
-    test: Scored | None
-    calibration: Calibration
+    validation: Scored
+    test: Scored
+    max_length: int
     base_model: str | None = None
     dataset_id: str | None = None
-    max_length: int | None = None
     warnings: Sequence[str] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def render(card: CardInput) -> str:
-    """The text of README.md.
-
-    Raises:
-        ValueError: neither validation nor test was scored, so that there is nothing to state.
-    """
-    shown = card.test or card.validation
-    if shown is None:
-        raise ValueError("a model card needs the model's outputs on validation or test")
-    epochs = card.results.get("epochs", [])
+    """The text of README.md."""
+    shown = card.test
     parts = [
-        f"---\n{_front_matter(card, shown)}---",
+        f"---\n{_front_matter(card)}---",
         f"# {_cell(card.name)}",
-        _summary(card, shown),
+        _summary(card),
         "## How to use it",
         _usage(card),
         "## Results",
-        results_table({"epochs": epochs}).rstrip() if epochs else "",
+        results_table({"epochs": card.results["epochs"]}).rstrip(),
         _headline(card),
         f"Each label on {shown.split}:",
         _labels(shown),
         "## Calibration",
-        _calibration(card, shown),
+        _calibration(shown),
         "## Limits",
-        _limits(card, shown),
+        _limits(card),
         "## Recipe",
-        _table(("Key", "Value"), ((f"`{key}`", f"`{_plain(value)}`") for key, value in card.recipe.items())),
+        _table(("Key", "Value"), ((f"`{key}`", f"`{plain(value)}`") for key, value in card.recipe.items())),
         "## Data",
         _data(card),
         "## Versions" if card.facts else "",
@@ -97,12 +85,10 @@ def render(card: CardInput) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(card: CardInput, shown: Scored) -> str:
-    figures = shown.metrics()
-    metrics = [
-        {"type": kind, "name": title, "value": round(figures[key], 6)} for key, (kind, title) in _METRICS.items()
-    ]
-    dataset = {"name": card.dataset, "type": card.dataset_id or card.dataset, "split": shown.split}
+def _front_matter(card: CardInput) -> str:
+    figures = card.test.metrics()
+    metrics = [{"type": kind, "name": TITLES[key], "value": round(figures[key], 6)} for key, kind in _TYPES.items()]
+    dataset = {"name": card.dataset, "type": card.dataset_id or card.dataset, "split": card.test.split}
     content: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
@@ -127,14 +113,14 @@ def _front_matter(card: CardInput, shown: Scored) -> str:
     return str(yaml.safe_dump(known, sort_keys=False, allow_unicode=True))
 
 
-def _summary(card: CardInput, shown: Scored) -> str:
+def _summary(card: CardInput) -> str:
     start = "A text classifier trained with emoray"
     if card.base_model:
         start = f"[{card.base_model}](https://huggingface.co/{card.base_model}) fine-tuned with emoray"
     names = ", ".join(_cell(label) for label in card.labels)
     return (
         f"{start}: it gives a text one of {len(card.labels)} labels ({names}). "
-        f"Accuracy on {shown.split} ({len(shown):,} rows): {shown.metrics()['accuracy']:.4f}."
+        f"Accuracy on {card.test.split} ({len(card.test):,} rows): {card.test.metrics()['accuracy']:.4f}."
     )
 
 
@@ -148,7 +134,7 @@ classify = pipeline("text-classification", model="path/to/this/folder")
 classify("a text to classify", truncation=True, max_length={card.max_length})  # [{{"label": ..., "score": ...}}]
 ```
 
-With emoray, which also calibrates the scores ({card.calibration}):
+With emoray, which also calibrates the scores ({card.test.calibration}):
 
 ```python
 import emoray
@@ -162,14 +148,14 @@ Both give the same labels; the scores of the transformers pipeline are those bef
 
 def _headline(card: CardInput) -> str:
     """Validation and test side by side, with intervals."""
-    splits = [split for split in (card.validation, card.test) if split is not None]
+    splits = [card.validation, card.test]
     columns = [(split.metrics(), split.intervals()) for split in splits]
     rows = [["Rows", *(f"{len(split):,}" for split in splits)]]
-    for key, (_, title) in _METRICS.items():
+    for key in _TYPES:
         cells = [f"{found[key]:.4f} ({low[key][0]:.3f}–{low[key][1]:.3f})" for found, low in columns]
-        rows.append([title, *cells])
+        rows.append([TITLES[key], *cells])
     table = _table(("", *(split.split for split in splits)), rows)
-    return f"The model that was kept, with 95% bootstrap intervals:\n\n{table}"
+    return f"The model that was kept, with 95% intervals (bootstrap; of the accuracy Wilson's):\n\n{table}"
 
 
 def _labels(shown: Scored) -> str:
@@ -186,14 +172,14 @@ def _labels(shown: Scored) -> str:
     )
 
 
-def _calibration(card: CardInput, shown: Scored) -> str:
-    if card.calibration.is_none:
+def _calibration(shown: Scored) -> str:
+    if shown.calibration.is_none:
         return (
             f"The probabilities are softmax(logits), without calibration. On {shown.split}, the expected "
             f"calibration error (15 bins) is {shown.ece():.4f} and the Brier score {shown.brier():.4f}."
         )
     return (
-        f"Calibrated on validation with {card.calibration}: probabilities are softmax(-(distance to the highest logit "
+        f"Calibrated on validation with {shown.calibration}: probabilities are softmax(-(distance to the highest logit "
         f"/ temperature) ** power), power 1 where none is named. On {shown.split}, the expected calibration error "
         f"(15 bins) is "
         f"{shown.ece(calibrated=False):.4f} before and {shown.ece():.4f} after; the Brier score "
@@ -201,8 +187,9 @@ def _calibration(card: CardInput, shown: Scored) -> str:
     )
 
 
-def _limits(card: CardInput, shown: Scored) -> str:
+def _limits(card: CardInput) -> str:
     """What the measurements themselves say against the model."""
+    shown = card.test
     table = [row for row in shown.per_label() if row["support"] > 0]
     weakest = min(table, key=lambda row: (row["f1"], row["label"]))
     found = [
@@ -214,11 +201,8 @@ def _limits(card: CardInput, shown: Scored) -> str:
     few = [f"{_cell(row['label'])} ({row['support']})" for row in shown.per_label() if row["support"] < _FEW]
     if few:
         found.append(f"Labels with fewer than {_FEW} rows in {shown.split}, so uncertain: {', '.join(few)}.")
-    if card.max_length is not None:
-        cut = int(shown.truncated.sum())
-        found.append(f"Texts are cut at {card.max_length:,} tokens: {cut:,} of {len(shown):,} in {shown.split} were.")
-    if card.test is None:
-        found.append("There is no test split: the figures are of validation, which also chose the checkpoint.")
+    cut = int(shown.truncated.sum())
+    found.append(f"Texts are cut at {card.max_length:,} tokens: {cut:,} of {len(shown):,} in {shown.split} were.")
     found += [f"Data check: {_cell(warning)}" for warning in card.warnings]
     return "\n".join(f"- {line}" for line in found)
 
@@ -237,9 +221,3 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     """Text that can't break out of a line or a table's cell."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _plain(value: Any) -> str:
-    """A value as YAML writes it on one line."""
-    text = str(yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6))
-    return text.removesuffix("...\n").strip()

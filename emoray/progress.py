@@ -12,12 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emoray import checkpoint
-from emoray.learner import OPTIMIZER, WEIGHTS
 from emoray.metrics import NO_CALIBRATION, Calibration
 from emoray.run import Attempt, best_evaluation
 from emoray.task import Task
-
-PROGRESS = "training/progress.json"
 
 
 @dataclass
@@ -37,7 +34,7 @@ class Progress:
     @staticmethod
     def read(folder: Path) -> Progress:
         """The progress that a checkpoint was written at."""
-        return Progress(**json.loads((folder / PROGRESS).read_text()))
+        return Progress(**json.loads((folder / checkpoint.PROGRESS).read_text()))
 
     def best(self, metric: str) -> dict[str, Any] | None:
         """The best evaluation so far, the earliest of equals."""
@@ -64,9 +61,9 @@ def write_checkpoint(
             metrics={"validation": progress.evaluations[-1] if progress.evaluations else None},
             calibration=NO_CALIBRATION,
         )
-        (folder / OPTIMIZER).parent.mkdir()
-        save_file(dict(moments), folder / OPTIMIZER)
-        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
+        (folder / checkpoint.OPTIMIZER).parent.mkdir()
+        save_file(dict(moments), folder / checkpoint.OPTIMIZER)
+        (folder / checkpoint.PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
 
     checkpoint.write(attempt.run, checkpoint.name_of(progress.step), fill, attempt.check)
 
@@ -77,7 +74,7 @@ def fill_model_folder(
     """A Hugging Face folder with emoray.json: what serving needs."""
     for name, content in task.files.items():
         (folder / name).write_bytes(content)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
     facts = {
         "labels": list(task.labels),
         "max_length": task.config.model.max_length,

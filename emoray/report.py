@@ -15,10 +15,11 @@ import numpy as np
 
 from emoray import label_errors, plots
 from emoray.attribution import Explanation
-from emoray.config_files import flatten
+from emoray.config_files import flatten, plain
 from emoray.errors import MissingExtraError
 from emoray.evaluation import Scored, WrongRow
 from emoray.label_errors import LabelError
+from emoray.metrics import TITLES
 
 if TYPE_CHECKING:
     from emoray.classifier import Classifier
@@ -27,15 +28,6 @@ WORST = 20
 """Rows shown of the worst errors, and of the likeliest label errors."""
 WORDS = 5
 """Words of a text that are marked."""
-
-HEADLINE = {
-    "accuracy": "Accuracy",
-    "f1": "F1 (weighted)",
-    "macro_f1": "Macro F1",
-    "loss": "Loss",
-    "ece": "ECE",
-    "brier": "Brier",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +109,7 @@ def render(run: ReportInput) -> str:
     return page(
         "report.html.j2",
         run=run,
-        headline=HEADLINE,
+        headline=TITLES,
         splits=[_headline(split) for split in (run.validation, run.test) if split is not None],
         epochs=run.results.get("epochs", []),
         best_step=(run.results.get("best") or {}).get("step"),
@@ -255,18 +247,8 @@ def sections(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     sections: dict[str, list[tuple[str, str]]] = {}
     for key, value in flatten(dict(config)).items():
         section, _, name = key.partition(".")
-        sections.setdefault(section if name else "", []).append((name or section, _plain(value)))
+        sections.setdefault(section if name else "", []).append((name or section, plain(value)))
     return sections
-
-
-def _plain(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return repr(value)  # all its digits: a sweep's winner is repeated from them
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(item) for item in value)
-    return str(value)
 
 
 def _fixed(value: float, digits: int = 4) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
-from emoray.config import RunConfig
+from emoray.config import RunConfig, column_and_sign
 from emoray.config_files import flatten
 from emoray.errors import FencedError, RunError, RunExistsError, StorageError
 from emoray.storage import Storage, absolute
@@ -25,6 +25,7 @@ ATTEMPTS = "attempts"
 HISTORY = "history.jsonl"
 RESULTS = "results.json"
 CONFIG = "config.yaml"
+REPORT = "report.html"
 _MOST_CHANGES = 30
 _CLEARED = "cleared"
 """Marks an attempt that only fences others off: it has no recipe that a later one could differ from."""
@@ -46,8 +47,8 @@ def best_evaluation(evaluations: Sequence[dict[str, Any]], metric: str) -> dict[
     Args:
         metric: as `training.metric_for_best_model`.
     """
-    name, sign = ("validation_loss", -1.0) if metric == "loss" else (metric, 1.0)
-    return max(evaluations, key=lambda entry: sign * float(entry[name]), default=None)
+    column, sign = column_and_sign(metric)
+    return max(evaluations, key=lambda entry: sign * float(entry[column]), default=None)
 
 
 def refuse_existing(run: Storage, on_existing: str) -> None:
@@ -131,6 +132,12 @@ class Attempt:
             f"(process {who['pid']} on {who['host']}, {who['started']}); nothing was written after that"
         )
 
+    def must_be_seen(self, remedy: str) -> None:
+        """Raises StorageError where this node doesn't see what the driver wrote, or can't write beside it."""
+        if not self.run.exists(_attempt_file(self.number)):
+            raise StorageError(f"can't see the folder {self.run.location}: {remedy}, e.g. NFS or s3://")
+        self.run.must_be_writable()
+
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file of the run, unless a newer attempt owns it."""
         self.check()
@@ -149,7 +156,7 @@ def _claim(run: Storage, content: Mapping[str, Any], successor_of: Attempt | Non
             raise successor_of._fenced(newest)
         token = uuid.uuid4().hex
         who = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        name = f"{ATTEMPTS}/{newest + 1:06d}.json"
+        name = _attempt_file(newest + 1)
         try:
             run.write(name, json.dumps({**content, **who, "token": token}, indent=1), exclusive=True)
         except FileExistsError:
@@ -159,6 +166,10 @@ def _claim(run: Storage, content: Mapping[str, Any], successor_of: Attempt | Non
             return newest + 1
 
 
+def _attempt_file(number: int) -> str:
+    return f"{ATTEMPTS}/{number:06d}.json"
+
+
 def newest_attempt(run: Storage) -> int:
     """Highest number of an attempt at this run; 0 where there was none."""
     return max((int(name[:6]) for name in run.names(ATTEMPTS) if name[:6].isdigit()), default=0)
@@ -166,7 +177,7 @@ def newest_attempt(run: Storage) -> int:
 
 def read_attempt(run: Storage, number: int) -> dict[str, Any]:
     """What an attempt wrote when it began: its host and process, and the run's identity."""
-    return read_json(run, f"{ATTEMPTS}/{number:06d}.json", "set run.on_existing=replace to begin the run anew")
+    return read_json(run, _attempt_file(number), "set run.on_existing=replace to begin the run anew")
 
 
 def refuse_changed(

@@ -11,10 +11,11 @@ import yaml
 
 from emoray import checkpoint, run
 from emoray.config import parse
+from emoray.config_files import plain
 from emoray.errors import EmorayError, StorageError
 from emoray.storage import Storage, absolute
+from emoray.wording import clock
 
-_PROGRESS = "training/progress.json"
 _SHOWN = (("validation", "f1"), ("validation", "accuracy"), ("test", "f1"), ("test", "accuracy"))
 
 
@@ -93,7 +94,7 @@ def _summary(folder: Storage, name: str) -> RunSummary:
 
 def _progress(folder: Storage) -> dict[str, Any]:
     steps = checkpoint.steps(folder)
-    name = f"{checkpoint.name_of(steps[-1])}/{_PROGRESS}" if steps else ""
+    name = f"{checkpoint.name_of(steps[-1])}/{checkpoint.PROGRESS}" if steps else ""
     return dict(json.loads(folder.read(name))) if name and folder.exists(name) else {}
 
 
@@ -119,23 +120,13 @@ def text(runs: Sequence[RunSummary]) -> str:
     for one in runs:
         cells = [_figure(getattr(one, split), key) for split, key in _SHOWN]
         figures = f"{cells[0]} {cells[1]}  {cells[2]} {cells[3]}"
+        taken = "-" if one.seconds is None else clock(one.seconds)
         started = (one.started or "")[:16].replace("T", " ")
-        lines.append(f"{one.name:<{width}}  {one.state:<10}  {figures}  {_time(one.seconds):>9}  {started}".rstrip())
-        apart = [f"{key}={_plain(row[one.name])}" for key, row in changed.items() if one.name in row]
+        lines.append(f"{one.name:<{width}}  {one.state:<10}  {figures}  {taken:>9}  {started}".rstrip())
+        apart = [f"{key}={plain(row[one.name])}" for key, row in changed.items() if one.name in row]
         lines += [f"{'':<{width}}  {part}" for part in (one.problem, ", ".join(apart)) if part]
     return "\n".join(lines)
 
 
 def _figure(figures: dict[str, Any], key: str) -> str:
     return f"{figures[key]:>8.4f}" if key in figures else f"{'-':>8}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from emoray.config_files import plain
 from emoray.wording import nearest
 
 _SIZES = {"loguniform": 2, "uniform": 2, "quniform": 3, "randint": 2}
@@ -21,6 +22,7 @@ _EXPONENT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
 """YAML reads `1e-5`, without a dot, as text."""
 
 _DIGITS = 4
+_GRID_DIGITS = 10
 """Significant digits of a drawn number: a config that a person can read, and that means the same when it is read."""
 
 
@@ -73,16 +75,26 @@ class Domain:
         if self.kind == "randint":
             return low + int(share * (high - low))
         if self.kind == "quniform":
-            value = low + int(share * self._steps) * self.args[2]
-            return value if isinstance(value, int) else float(f"{value:.10g}")
+            return self.rounded(low + int(share * self._steps) * self.args[2])
         if self.kind == "loguniform":
-            return _short(math.exp(math.log(low) + share * (math.log(high) - math.log(low))))
-        return _short(low + share * (high - low))
+            return self.rounded(math.exp(math.log(low) + share * (math.log(high) - math.log(low))))
+        return self.rounded(low + share * (high - low))
+
+    def rounded(self, value: Any) -> Any:
+        """Digits that a person can copy; values that are listed or on a grid as they are there."""
+        if self.listed or not isinstance(value, float):
+            return value
+        return float(f"{value:.{_GRID_DIGITS if self.kind == 'quniform' else _DIGITS}g}")
 
 
-def _short(value: float) -> float | int:
-    rounded = float(f"{value:.{_DIGITS}g}")
-    return int(rounded) if isinstance(value, int) else rounded
+def short(key: str) -> str:
+    """`learning_rate` of `training.learning_rate`."""
+    return key.rpartition(".")[-1]
+
+
+def shown(value: Any) -> str:
+    """A value in a table."""
+    return f"{value:.4g}" if isinstance(value, float) else plain(value)
 
 
 def parse(tree: Mapping[str, Any], known: Sequence[str]) -> tuple[list[Domain], list[str]]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from emoray.config_files import Number, PositiveInt, Section, load_as
+from emoray.engines import Wanted
 
 Port = Annotated[int, Number, Field(ge=1, le=65535)]
 
@@ -102,7 +103,7 @@ class ServeConfig(Section):
 
     model: Annotated[str, Field(min_length=1)] = "runs/emotion/best"
     """Folder or URI of a model, or the name of a run or sweep, whose best checkpoint is taken."""
-    engine: Literal["auto", "torch", "onnx", "onnx-int8"] = "auto"
+    engine: Wanted = "auto"
     """What runs the model; `auto` takes the fastest that agrees."""
     http: HttpConfig = HttpConfig()
     replicas: ReplicasConfig = ReplicasConfig()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from emoray.errors import RunError
-from emoray.run import Attempt
+from emoray.run import Attempt, best_evaluation
 from emoray.storage import Storage
 from emoray.tune_config import Plan
 
@@ -55,6 +55,10 @@ class Trial:
     def steps(self) -> int:
         """Optimizer steps that count: those up to its last evaluation."""
         return int(self.evaluations[-1]["step"]) if self.evaluations else 0
+
+    def rest(self) -> None:
+        """It is not trained now, and may go on later."""
+        self.state = "waiting" if self.evaluations else "pending"
 
     @property
     def over(self) -> bool:
@@ -187,6 +191,15 @@ class Sweep:
         """The metric after each evaluation, more is better."""
         return [self.plan.sign * entry[self.plan.column] for entry in trial.evaluations]
 
+    def best_evaluation(self, trial: Trial) -> dict[str, Any] | None:
+        """The evaluation that a trial is judged by, the earliest of equals."""
+        return best_evaluation(trial.evaluations, self.plan.config.tune.metric)
+
+    def best_first(self) -> list[Trial]:
+        """All trials: those that came to their end before those that were stopped, and these before the others."""
+        order = {"finished": 0, "stopped": 1}
+        return sorted(self.trials, key=lambda t: (order.get(t.state, 2), -self.score(t), t.name))
+
     def settle(self) -> list[Trial]:
         """Draw all conclusions from what is known; gives the trials that were stopped by it.
 
@@ -300,7 +313,7 @@ def read_records(folder: Storage, sweep: Sweep) -> None:
                 "from its checkpoints"
             ) from None
         if kept.state == "running":
-            kept.state = "waiting" if kept.evaluations else "pending"
+            kept.rest()
         place = next((n for n, trial in enumerate(sweep.trials) if trial.name == kept.name), None)
         if place is None:
             sweep.trials.append(kept)

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from emoray.console import LOG_EVERY_S
+from emoray.console import LOG_EVERY_S, Display
+from emoray.search_space import short, shown
 from emoray.sweep import Sweep, Trial
-from emoray.sweep_results import shown
-from emoray.wording import first_line
+from emoray.wording import clock, first_line
 
 _ROWS = 24
 """A terminal's window: of more trials, those that run and the best are shown."""
@@ -19,25 +19,19 @@ _ROWS = 24
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 
 
-class SweepDisplay:
-    """Use it as a context manager."""
+class SweepDisplay(Display):
+    """A sweep's trials."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        super().__init__(console)
         self._live: Live | None = None
         self._told: dict[str, tuple[str, int]] = {}
         self._logged_at = 0.0
         self._last_line = ""
 
-    def __enter__(self) -> SweepDisplay:
-        return self
-
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
-
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
 
     def show(self, sweep: Sweep) -> None:
         if self.console.is_terminal:
@@ -64,7 +58,7 @@ class SweepDisplay:
         self._told[trial.name] = now
         if now == before or now[0] == "pending":
             return
-        values = ", ".join(f"{key.rpartition('.')[-1]} {shown(value)}" for key, value in trial.values.items())
+        values = ", ".join(f"{short(key)} {shown(value)}" for key, value in trial.values.items())
         if now[0] != before[0]:
             reason = f": {first_line(trial.reason)}" if trial.reason else ""
             self.say(f"Trial {trial.name} {trial.state}{reason}  ({values}){_figure(sweep, trial)}")
@@ -85,14 +79,14 @@ def _progress(trial: Trial) -> str:
 def _left(trial: Trial) -> str:
     if trial.state != "running" or trial.left_s is None:
         return ""
-    return f"{int(trial.left_s) // 60}:{int(trial.left_s) % 60:02d} left"
+    return f"{clock(trial.left_s)} left"
 
 
 def _table(sweep: Sweep) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("Trial")
     for domain in sweep.plan.domains:
-        table.add_column(domain.key.rpartition(".")[-1], justify="right")
+        table.add_column(short(domain.key), justify="right")
     for name in ("Epoch", sweep.plan.config.tune.metric):
         table.add_column(name, justify="right")
     table.add_column("State")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emoray.plots import ACCENT, LINE, MUTED, SECOND, legend, svg
+from emoray.search_space import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,9 +86,9 @@ def parallel(domains: Sequence[Domain], dots: Dots, title: str) -> str:
             )
         for place, domain in enumerate(domains):
             ends = (domain.args[0], domain.args[-1]) if domain.listed else domain.args[:2]
-            _axis(axes, place, f"{ends[0]:g}" if _is_number(ends[0]) else str(ends[0]), _text(ends[1]))
+            _axis(axes, place, _text(ends[0]), _text(ends[1]))
         _axis(axes, len(domains), f"{low:.3f}", f"{high:.3f}")
-        axes.set_xticks(range(len(domains) + 1), [*(d.key.rpartition(".")[-1] for d in domains), title])
+        axes.set_xticks(range(len(domains) + 1), [*(short(d.key) for d in domains), title])
         axes.set_yticks([])
         axes.set(ylim=(-0.16, 1.16), xlim=(-0.35, len(domains) + 0.35))
         axes.grid(False)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emoray import report, sweep_plots
+from emoray.metrics import TITLES
+from emoray.search_space import shown
 
 if TYPE_CHECKING:
     from emoray.metrics import Array
@@ -23,7 +25,7 @@ def render(sweep: Sweep, results: Mapping[str, Any]) -> str:
         results: the content of sweep.json.
     """
     tuned = sweep.plan.config.tune
-    title = report.HEADLINE[tuned.metric]
+    title = TITLES[tuned.metric]
     return report.page(
         "sweep.html.j2",
         run={"name": sweep.plan.config.run.name},
@@ -96,16 +98,12 @@ def _explained(domain: Domain, trials: list[Trial], scores: Array) -> float:
 
 def _rows(sweep: Sweep) -> list[dict[str, Any]]:
     """A line a trial, the best first."""
-    from emoray.sweep_results import best_evaluation, shown
-
-    order = {"finished": 0, "stopped": 1}
-    trials = sorted(sweep.trials, key=lambda t: (order.get(t.state, 2), -sweep.score(t), t.name))
     return [
         {
             "trial": trial,
             "values": [shown(trial.values.get(domain.key)) for domain in sweep.plan.domains],
-            "best": best_evaluation(sweep, trial),
+            "best": sweep.best_evaluation(trial),
             "epochs": trial.evaluations[-1]["epoch"] if trial.evaluations else None,
         }
-        for trial in trials
+        for trial in sweep.best_first()
     ]

@@ -13,12 +13,14 @@ from typing import Any
 from emoray import checkpoint, run, sweep_report
 from emoray.config import TrainConfig
 from emoray.errors import RunError
+from emoray.metrics import EVALUATED
 from emoray.run import Attempt
+from emoray.search_space import short, shown
 from emoray.sweep import RESULTS, Sweep, Trial
 from emoray.wording import first_line
 
 BEST_CONFIG = "best.yaml"
-_FIGURES = ("accuracy", "f1", "macro_f1", "validation_loss")
+TABLE = "sweep.md"
 
 
 def finish(sweep: Sweep, attempt: Attempt, say: Callable[[str], None]) -> dict[str, Any]:
@@ -41,8 +43,8 @@ def finish(sweep: Sweep, attempt: Attempt, say: Callable[[str], None]) -> dict[s
     attempt.write(BEST_CONFIG, best_config(sweep, winner).to_yaml())
     _take_model(sweep, winner, attempt)
     attempt.write("sweep.csv", as_csv(sweep))
-    attempt.write("sweep.md", table(sweep))
-    attempt.write("report.html", sweep_report.render(sweep, results))
+    attempt.write(TABLE, table(sweep))
+    attempt.write(run.REPORT, sweep_report.render(sweep, results))
     attempt.write(RESULTS, json.dumps(results, indent=1))
     return results
 
@@ -106,28 +108,22 @@ def summary(sweep: Sweep, winner_results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def best_evaluation(sweep: Sweep, trial: Trial) -> dict[str, Any] | None:
-    """The evaluation that a trial is judged by, the earliest of equals."""
-    column, sign = sweep.plan.column, sweep.plan.sign
-    return max(trial.evaluations, key=lambda entry: sign * float(entry[column]), default=None)
-
-
 def as_csv(sweep: Sweep) -> str:
     """A line a trial, for a spreadsheet."""
     keys = [domain.key for domain in sweep.plan.domains]
     extra = ["training.seed"] if any(trial.repeats is not None for trial in sweep.trials) else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["trial", "state", *keys, *extra, *_FIGURES, "epoch", "steps", "total_steps", "seconds", "reason"])
+    writer.writerow(["trial", "state", *keys, *extra, *EVALUATED, "epoch", "steps", "total_steps", "seconds", "reason"])
     for trial in sweep.trials:
-        entry = best_evaluation(sweep, trial) or {}
+        entry = sweep.best_evaluation(trial) or {}
         writer.writerow(
             [
                 trial.name,
                 trial.state,
                 *(trial.values.get(key) for key in keys),
                 *(trial.values.get(key, sweep.plan.base.training.seed) for key in extra),
-                *(entry.get(name) for name in (*_FIGURES, "epoch")),
+                *(entry.get(name) for name in (*EVALUATED, "epoch")),
                 trial.steps,
                 trial.total_steps,
                 round(trial.seconds, 1),
@@ -140,14 +136,12 @@ def as_csv(sweep: Sweep) -> str:
 def table(sweep: Sweep) -> str:
     """A Markdown table, the best trials first, and what the sweep took."""
     keys = [domain.key for domain in sweep.plan.domains]
-    names = [key.rpartition(".")[-1] for key in keys]
     lines = [
-        f"| Trial | {' | '.join(names)} | State | Epochs | Steps | Accuracy | F1 | Validation Loss |",
+        f"| Trial | {' | '.join(map(short, keys))} | State | Epochs | Steps | Accuracy | F1 | Validation Loss |",
         f"|---|{'---:|' * len(keys)}---|{'---:|' * 5}",
     ]
-    order = {"finished": 0, "stopped": 1}
-    for trial in sorted(sweep.trials, key=lambda t: (order.get(t.state, 2), -sweep.score(t), t.name)):
-        entry = best_evaluation(sweep, trial)
+    for trial in sweep.best_first():
+        entry = sweep.best_evaluation(trial)
         figures = [f"{entry[name]:.4f}" if entry else "-" for name in ("accuracy", "f1", "validation_loss")]
         epochs = f"{trial.evaluations[-1]['epoch']:g}" if trial.evaluations else "-"
         values = [shown(trial.values.get(key)) for key in keys]
@@ -169,10 +163,3 @@ def table(sweep: Sweep) -> str:
                 f"± {spread:.4f} ({', '.join(f'{draw:.4f}' for draw in draws)})."
             )
     return "\n".join(lines) + "\n"
-
-
-def shown(value: Any) -> str:
-    """A value as a person writes it."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return json.dumps(value) if value is None or isinstance(value, (bool, list, tuple)) else str(value)

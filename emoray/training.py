@@ -301,8 +301,7 @@ class _Loop:
             entry = {
                 "epoch": int(epoch) if epoch == int(epoch) else round(epoch, 4),
                 "step": self.progress.step,
-                "validation_loss": figures["loss"],
-                **{name: figures[name] for name in ("accuracy", "f1", "macro_f1")},
+                **{column: figures[name] for column, name in metrics.EVALUATED.items()},
             }
         entry = self.world.agree(entry)
         assert entry is not None

@@ -7,18 +7,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from emoray import search_space
-from emoray.config import RunConfig, TrainConfig
+from emoray.config import BestMetric, RunConfig, TrainConfig, column_and_sign
 from emoray.config_files import Number, PositiveInt, Section, flatten, override, override_tree, read_yaml, validate
 from emoray.errors import ConfigError
 from emoray.search_space import Domain
 from emoray.wording import nearest
 
-METRICS = ("f1", "macro_f1", "accuracy", "loss")
+METRICS = get_args(BestMetric)
 _SHARED = ("model", "data", "training", "workers")
 _FIXED = {
     "run.": "the sweep names the folders of its runs",
@@ -106,12 +106,12 @@ class Plan:
     @property
     def sign(self) -> float:
         """1 where more of the metric is better, else -1."""
-        return -1.0 if self.config.tune.metric == "loss" else 1.0
+        return column_and_sign(self.config.tune.metric)[1]
 
     @property
     def column(self) -> str:
         """The metric's name in an evaluation."""
-        return "validation_loss" if self.config.tune.metric == "loss" else self.config.tune.metric
+        return column_and_sign(self.config.tune.metric)[0]
 
     def points(self) -> list[dict[str, Any]] | None:
         """The values of all trials, where they are known before the first one ends."""

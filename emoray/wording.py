@@ -1,4 +1,4 @@
-"""The pieces that messages are made of: counts with nouns, lists that don't run on, first lines, nearest names."""
+"""The pieces that messages are made of: counts with nouns, short lists, times, first lines, nearest names."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known name, else an empty string."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def clock(seconds: float) -> str:
+    """`2:05`, `1:02:05`."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def first_line(error: object) -> str:

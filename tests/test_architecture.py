@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "emoray"
 ROOMS = (
     ("wording",),
     ("errors", "signals"),
-    ("config", "config_files", "serve_config", "search_space", "tune_config", "storage", "hub", "console"),
+    ("config", "config_files", "search_space", "tune_config", "storage", "hub", "console"),
     (
         "data",
         "data_*",
@@ -45,6 +45,7 @@ ROOMS = (
     ("finish", "export"),
     ("sweep", "sweep_*"),
     ("doctor", "doctor_*", "monitor"),
+    ("serve_config",),
     ("http", "http.*"),
     ("on_ray", "on_ray.*"),
     ("cli",),

@@ -499,11 +499,6 @@ def model_behind_an_unknown_scheme(place: Place) -> Command:
     return ["classify", "ftps://host/model", "tea"]
 
 
-@bad("--split: 1 problem", "is 'validate', but must be one of train, validation, test")
-def unknown_split(place: Place) -> Command:
-    return ["evaluate", str(place.run), "--split", "validate"]
-
-
 @bad("with the label 'bored'", "the labels are calm, cross, glad, sad")
 def evaluation_on_other_labels(place: Place) -> Command:
     path = write_rows(place.folder / "rows.jsonl", [{"text": "tea", "label": "bored"}])

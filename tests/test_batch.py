@@ -231,7 +231,7 @@ def test_parquet_and_csv_out_have_one_schema(tmp_path: Path) -> None:
     assert table.column("scores").to_pylist() == [LABEL_SCORES, None, LABEL_SCORES, LABEL_SCORES]
     form, content = encoded(path, "csv")
     read = pyarrow.csv.read_csv(io.BytesIO(content), parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
-    assert read.column_names == ["text", "n", "tags", "mixed", "ok", "extra", *form.new]
+    assert read.column_names == ["text", "n", "tags", "mixed", "ok", "extra", *form.added_columns]
     assert read.column("scores.sad").to_pylist() == [0.25, None, 0.25, 0.25]
     assert read.column("text").to_pylist()[::2] == [ROWS[0]["text"], ROWS[2]["text"]]
 
@@ -309,7 +309,7 @@ def test_the_command_refuses_before_ray_starts(emoray: Emoray, trained_run: Path
     for arguments, status, said in (
         ((path, "--output", output), 1, "has a column label already"),
         ((path, "--output", output, "--text-column", "words"), 1, "no column 'words'"),
-        ((path, "--output", output, "--format", "xml"), 2, "'xml' is none of jsonl, csv, tsv, parquet"),
+        ((path, "--output", output, "--format", "xml"), 2, "'xml' is not one of 'jsonl', 'csv', 'tsv', 'parquet'"),
         ((tmp_path / "none", "--output", output), 1, "there is no such file"),
         ((path, "workers.num_wrokers=3", "--output", output), 1, "did you mean 'num_workers'"),
         (("workers.num_workers=3", "--output", output), 2, "names no input"),

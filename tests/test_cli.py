@@ -60,7 +60,12 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_a_usage_error_says_how(emoray: Emoray) -> None:
-    for arguments, said in [(["tain"], "No such command 'tain'"), (["classify"], "Missing argument 'MODEL'")]:
+    for arguments, said in [
+        (["tain"], "No such command 'tain'"),
+        (["classify"], "Missing argument 'MODEL'"),
+        (["evaluate", "runs/a", "--split", "validate"], "'validate' is not one of 'train', 'validation', 'test'"),
+        (["classify", "runs/a", "tea", "--engine", "tensorrt"], "'tensorrt' is not one of 'auto', 'torch', 'onnx'"),
+    ]:
         answer = emoray(*arguments)
         assert answer.status == 2 and answer.out == ""
         assert said in answer.err and "Try 'emoray" in answer.err

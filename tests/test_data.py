@@ -300,7 +300,7 @@ def test_missing_columns(tmp_path: Path, suffix: str) -> None:
         ("train.jsonl", b"", ["train.jsonl: is empty"]),
         ("train.jsonl", b"\n \n", ["train.jsonl: is empty"]),
         ("train.jsonl", b'[{"text": "x", "label": "joy"}]', ["JSON array"]),
-        ("train.jsonl", LINE.encode("utf-16"), ["UTF-16", "0xff"]),
+        ("train.jsonl", LINE.encode("utf-16"), ["is UTF-16, but must be UTF-8"]),
         ("train.txt", b"x;joy\nno label\ny;anger\n", ["1 line without a ';' before the label (line 2)"]),
         ("train.parquet", b"nothing of the sort", ["train.parquet: is not a readable Parquet file"]),
         ("train.parquet", b"", ["train.parquet: is empty"]),

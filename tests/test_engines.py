@@ -196,5 +196,5 @@ def test_no_export_is_one_clear_message(trained_run: Path, tmp_path: Path, emora
     with pytest.raises(ModelError, match=r"there is no export: `emoray export .* --precision fp32`"):
         Classifier.load(model, engine="onnx")
     answer = emoray("export", model, "--precision", "int4")
-    assert answer.status == 2 and "fp32 or int8" in answer.err
+    assert answer.status == 2 and "not one of 'fp32', 'int8'" in answer.err
     assert find_model(str(trained_run)).location.endswith("best")

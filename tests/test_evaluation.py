@@ -96,7 +96,7 @@ def test_worst_rows_are_the_surest_wrong_ones() -> None:
     assert first["text"] == split.texts[first["row"]]
     assert first["true"] == LABELS[split.targets[first["row"]]] != first["predicted"]
     assert first["probability"] == split.probabilities[first["row"]].max() > first["true_probability"]
-    assert scored(logits=np.eye(6, dtype=np.float32)[split.targets]).worst() == []
+    assert scored(logits=np.eye(6, dtype=np.float32)[split.targets]).worst(20) == []
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,12 @@ def test_results_are_the_designs() -> None:
     assert found["test"] == {**test.metrics(), "temperature": 1.25, "power": 1.0}
     assert list(found["test"])[:5] == ["accuracy", "f1", "macro_f1", "loss", "ece"]
     with pytest.raises(ValueError, match="validation_loss"):
-        results([{"epoch": 1, "step": 2, "accuracy": 0.5, "f1": 0.5}], epochs[1], None)
+        results([{"epoch": 1, "step": 2, "accuracy": 0.5, "f1": 0.5}], epochs[1], test)
 
 
 def test_results_table_is_the_designs() -> None:
     epochs = _documented()
-    assert results_table(results(epochs, epochs[1], None)).splitlines() == [
+    assert results_table({"epochs": epochs}).splitlines() == [
         TABLE_HEADER,
         "|---:|---:|---:|---:|---:|",
         "| 1 | 250 | 0.3466 | 0.8965 | 0.8966 |",
@@ -170,5 +170,6 @@ def test_results_table_is_the_designs() -> None:
     assert blank == ""
     assert line == (
         f"Test (400 rows): accuracy {figures['accuracy']:.4f}, F1 {figures['f1']:.4f}, "
-        f"macro F1 {figures['macro_f1']:.4f}, loss {figures['loss']:.4f}, ECE {figures['ece']:.4f}"
+        f"macro F1 {figures['macro_f1']:.4f}, loss {figures['loss']:.4f}, ECE {figures['ece']:.4f}, "
+        f"Brier {figures['brier']:.4f}"
     )

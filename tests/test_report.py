@@ -366,7 +366,6 @@ def _card(**changes: Any) -> CardInput:
         "results": run.results,
         "validation": run.validation,
         "test": run.test,
-        "calibration": Calibration(1.6),
         "base_model": "bert-base-multilingual-cased",
         "dataset_id": "dair-ai/emotion",
         "max_length": 60,
@@ -406,16 +405,12 @@ def test_card_is_valid_for_the_hub_and_states_what_was_measured() -> None:
     assert f"{test.truncated.sum()} of 300 in test were" in text
 
 
-def test_card_without_hub_ids_or_test_claims_neither() -> None:
-    text = render_card(_card(base_model=None, dataset_id=None, dataset="notes | <x>", test=None, facts={}, name="a: b"))
+def test_card_without_hub_ids_claims_none() -> None:
+    text = render_card(_card(base_model=None, dataset_id=None, dataset="notes | <x>", facts={}, name="a: b"))
     front = yaml.safe_load(text.split("---\n")[1])
     assert "base_model" not in front
     assert "datasets" not in front
     assert front["model-index"][0]["name"] == "a: b"
-    assert front["model-index"][0]["results"][0]["dataset"]["split"] == "validation"
-    assert "There is no test split" in text
     assert "huggingface.co" not in text
     assert "## Versions" not in text
     assert "notes \\| &lt;x>" in text
-    with pytest.raises(ValueError, match="validation or test"):
-        render_card(_card(validation=None, test=None))

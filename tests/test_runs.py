@@ -57,7 +57,7 @@ def test_table(emoray: Emoray, storage: Path) -> None:
     (line,) = [line for line in answer.out.splitlines() if line.startswith("tiny ")]
     for figure in (results["best"]["f1"], results["test"]["accuracy"]):
         assert f"{figure:.4f}" in line
-    assert "training.learning_rate=1e-05, training.max_steps=3" in answer.out
+    assert "training.learning_rate=1.0e-05, training.max_steps=3" in answer.out
 
 
 def test_one_run_can_be_named(emoray: Emoray, storage: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the command line names engines without loading any
+    import numpy as np
+    from numpy.typing import NDArray
 
-from emoray.tokens import Tokens
+    from emoray.tokens import Tokens
 
 Name = Literal["torch", "onnx", "onnx-int8"]
+Wanted = Literal["auto", Name]
+"""An engine, or the fastest that is there and agrees with the model."""
 
 
 class Engine(Protocol):

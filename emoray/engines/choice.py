@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-from emoray.engines import Engine, Name
+from emoray.engines import Engine, Name, Wanted
 from emoray.engines import onnx as onnx_engine
-from emoray.engines.exports import PRECISIONS, Precision, find, locate
-from emoray.errors import ConfigError, EmorayError, ModelError
+from emoray.engines.exports import GRAPH, PRECISIONS, Precision, find, locate
+from emoray.errors import EmorayError, ModelError
 from emoray.tokens import Tokens
 from emoray.wording import first_line
-
-Wanted = Literal["auto", "torch", "onnx", "onnx-int8"]
-WANTED: tuple[Wanted, ...] = get_args(Wanted)
 
 # Lengths in tokens of a batch of short messages: 25 on average, a few of them long.
 _LENGTHS = (*range(7, 27), 18, 20, 28, 30, 32, 34, 37, 40, 45, 52, 60, 66)
@@ -26,18 +23,6 @@ _DRIVERS = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg",
 _BY_EXACTNESS: tuple[Name, ...] = ("onnx", "onnx-int8", "torch")
 _WORTH = 0.95
 """A less exact engine must take at most this share of the time of a more exact one to be preferred."""
-
-
-def wanted(name: str) -> Wanted:
-    """A name that a person gave.
-
-    Raises:
-        ConfigError: it is none of the engines.
-    """
-    for known in WANTED:
-        if name == known:
-            return known
-    raise ConfigError("--engine", [f"is '{name}', but must be one of {', '.join(WANTED)}"])
 
 
 def open_engine(name: Wanted, folder: Path, facts: dict[str, Any], device: str | None, threads: int | None) -> Engine:
@@ -63,13 +48,13 @@ def open_engine(name: Wanted, folder: Path, facts: dict[str, Any], device: str |
         )
     export.must_be_accepted()
     pad_id = int(export.facts["pad_id"])
-    return onnx_engine.OnnxEngine(name, export.folder / "model.onnx", len(facts["labels"]), pad_id, threads)
+    return onnx_engine.OnnxEngine(name, export.folder / GRAPH, len(facts["labels"]), pad_id, threads)
 
 
 def _fastest(folder: Path, facts: dict[str, Any], device: str | None, threads: int | None) -> Engine:
     """By measurement among those that are there; on a GPU, torch.
 
-    Where int8 may be used and pays, torch isn't measured too: loading it takes seconds, and it was never near.
+    Where int8 may be used and pays, torch isn't measured too: loading it takes seconds, and it has never come close.
     """
     if _on_gpu(device) or not onnx_engine.is_there():
         return open_engine("torch", folder, facts, device, threads)
@@ -93,10 +78,10 @@ def _fastest(folder: Path, facts: dict[str, Any], device: str | None, threads: i
     return best[1]
 
 
-def exports_for(name: Wanted, device: str | None = None) -> tuple[Precision, ...]:
+def exports_for(name: Wanted) -> tuple[Precision, ...]:
     """The exports that an engine runs, or chooses among; none where it is torch."""
     if name == "auto":
-        return () if _on_gpu(device) or not onnx_engine.is_there() else ("fp32", "int8")
+        return () if _on_gpu(None) or not onnx_engine.is_there() else ("fp32", "int8")
     return (PRECISIONS[name],) if name in PRECISIONS else ()
 
 

@@ -14,7 +14,7 @@ from emoray.storage import cache_folder
 Precision = Literal["fp32", "int8"]
 PRECISIONS: dict[str, Precision] = {"onnx": "fp32", "onnx-int8": "int8"}
 """Engine -> the export that it runs."""
-FACTS = "export.json"
+GRAPH, FACTS = "model.onnx", "export.json"
 FORMAT = 1
 """Rises with every change of the graph: an export of another number is stale."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,16 @@ def packed_feeds(texts: Sequence[Ids]) -> Feeds:
         "back": owner * longest + position,
         "owner": owner,
     }
+
+
+def feed(texts: Sequence[Ids], packed: bool, pad_id: int) -> Feeds:
+    """What a graph takes: see `is_packed`."""
+    return packed_feeds(texts) if packed else padded_feeds(texts, pad_id)
+
+
+def is_packed(names: Iterable[str]) -> bool:
+    """Whether a graph of these inputs takes texts end to end."""
+    return "forth" in names
 
 
 def padded_feeds(texts: Sequence[Ids], pad_id: int) -> Feeds:

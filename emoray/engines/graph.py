@@ -107,16 +107,21 @@ def _attention(
     return out.index_select(0, batch.owner if first else batch.back).view(1, -1, heads, size), None
 
 
-def export(model: PreTrainedModel, path: Path) -> None:
-    """Write a model as one ONNX file, float32, with any number and length of texts."""
+def export(model: PreTrainedModel, path: Path) -> int:
+    """Write a model as one ONNX file, float32, with any number and length of texts.
+
+    Returns:
+        The token that pads batches.
+    """
     model = model.eval().cpu()
+    pad_id = int(model.config.pad_token_id or 0)
     feeds: Feeds
     if packed_model.is_packable(model):
         graph: nn.Module = _Packed(model)
         feeds = packed_feeds(_EXAMPLE)
     else:
         graph = _Padded(model)
-        feeds = padded_feeds(_EXAMPLE, int(model.config.pad_token_id or 0))
+        feeds = padded_feeds(_EXAMPLE, pad_id)
     dim = torch.export.Dim.DYNAMIC
     shapes = {name: {place: dim for place, size in enumerate(array.shape) if size > 1} for name, array in feeds.items()}
     with warnings.catch_warnings():
@@ -134,3 +139,4 @@ def export(model: PreTrainedModel, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
+    return pad_id

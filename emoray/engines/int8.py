@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from emoray.engines.feeds import Feeds, packed_feeds, padded_feeds
+from emoray.engines.feeds import Feeds, feed, is_packed
 from emoray.tokens import Tokens
 
 MOVED = 0.75
@@ -38,9 +38,9 @@ def quantize(plain: Path, file: Path, sample: Tokens, pad_id: int) -> None:
         pad_id: the token that fills padded batches.
     """
     model = onnx.load(str(plain))
-    packed = any(given.name == "forth" for given in model.graph.input)
+    packed = is_packed(given.name for given in model.graph.input)
     groups = [[sample[i] for i in range(len(sample))[start : start + 16]] for start in range(0, len(sample), 16)]
-    batches = [packed_feeds(texts) if packed else padded_feeds(texts, pad_id) for texts in groups]
+    batches = [feed(texts, packed, pad_id) for texts in groups]
     weights = {found.name: found for found in model.graph.initializer}
     for number, node in enumerate(model.graph.node):
         node.name = f"{number}_{node.op_type}"

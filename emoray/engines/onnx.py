@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoray.engines import Name, own_threads
-from emoray.engines.feeds import packed_feeds, padded_feeds
+from emoray.engines.feeds import feed, is_packed
 from emoray.errors import MissingExtraError, ModelError
 from emoray.tokens import Tokens, filling, split_packed, split_padded
 
@@ -62,7 +62,7 @@ class OnnxEngine:
             )
         except Exception as error:  # onnxruntime's errors share no base class
             raise ModelError(f"{file}: ONNX Runtime can't load it: {error}") from None
-        self._packed = "forth" in {given.name for given in self._session.get_inputs()}
+        self._packed = is_packed(given.name for given in self._session.get_inputs())
         self._labels, self._pad_id = labels, pad_id
         count = threads or own_threads()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="emoray-onnx") if count > 1 else None
@@ -77,8 +77,7 @@ class OnnxEngine:
         split = split_packed if self._packed else split_padded
 
         def run(rows: NDArray[np.int64]) -> None:
-            texts = [tokens[row] for row in rows]
-            feeds = packed_feeds(texts) if self._packed else padded_feeds(texts, self._pad_id)
+            feeds = feed([tokens[row] for row in rows], self._packed, self._pad_id)
             logits[rows] = self._session.run(None, feeds)[0]
 
         parts = split(order, lengths, TOKENS_A_RUN)

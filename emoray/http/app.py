@@ -15,7 +15,7 @@ import uuid
 
 from emoray.http import keys as api_keys
 from emoray.http import openapi
-from emoray.http.errors import RequestError, overloaded
+from emoray.http.errors import RequestError, too_many
 from emoray.http.exchange import JSON, ClientGone, Exchange, Receive, Reply, Scope, Send
 from emoray.http.keys import Keys
 from emoray.http.metrics import Metrics, Silent
@@ -125,7 +125,7 @@ class App:
         if route.request is None:
             return await route.handler(exchange, self._endpoint)
         if self._bodies >= self._most_bodies:
-            raise overloaded(f"{self._bodies} requests are under way, and no more may: try again soon", 1)
+            raise too_many(self._bodies)
         self._bodies += 1
         try:
             return await route.handler(exchange, self._endpoint)

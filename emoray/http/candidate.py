@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from emoray.engines import Engine
-from emoray.engines.choice import Wanted
+from emoray.engines import Engine, Wanted
 from emoray.errors import ModelError
 from emoray.http.service import Identity
 from emoray.metrics import Calibration

@@ -104,6 +104,14 @@ def unavailable(sentence: str, retry_after: float = 1.0) -> RequestError:
     return RequestError("unavailable", sentence, retry_after=retry_after)
 
 
+def too_many(under_way: int) -> RequestError:
+    return overloaded(f"{under_way} requests are under way, and no more may: try again soon", 1)
+
+
+def no_such(what: str, served: str) -> RequestError:
+    return RequestError("not_found", f"no such {what} here; this endpoint serves '{served}'")
+
+
 def busy() -> RequestError:
     return RequestError("conflict", "a model is being loaded: look at /info, and try again when it is done")
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoray.attribution import Occlusion
-from emoray.engines.choice import Wanted
+from emoray.engines import Wanted
 from emoray.errors import EmorayError
 from emoray.http.batcher import Batcher
 from emoray.http.candidate import Candidate, Model, finite, load_model, prepare

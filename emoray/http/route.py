@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from emoray.http.errors import unavailable
 from emoray.http.exchange import Exchange, Reply
-from emoray.http.service import Service
+from emoray.http.service import Scored, Service
 from emoray.serve_config import ServeConfig
 
 
@@ -18,6 +19,21 @@ class Endpoint:
     service: Service
     config: ServeConfig
     openapi: dict[str, Any]
+
+    async def classify(
+        self, exchange: Exchange, texts: Sequence[str], truncate: bool = True, explain: bool = False
+    ) -> Scored:
+        """What the model says of a request's texts, within the request's limits; which model is noted for its log."""
+        exchange.need_texts(texts)
+        work = self.service.classify(texts, exchange.deadline, truncate=truncate, explain=explain)
+        scored = await exchange.within_time(work)
+        exchange.facts["model"] = scored.model
+        return scored
+
+    def must_be_ready(self) -> None:
+        """Raises RequestError where it can't answer yet, or no more."""
+        if self.service.state != "ready":
+            raise unavailable(f"not ready: {self.service.state}", 2)
 
 
 Handler = Callable[[Exchange, Endpoint], Awaitable[Reply]]

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from emoray.http.ranking import Function
+from emoray.http.service import State
+
 Text = Annotated[str, Field(pattern=r"\S", description="Not empty, nor blank.", examples=["i feel wonderful today"])]
 
 
@@ -115,7 +118,7 @@ class SwapResponse(Strict):
 
 class HuggingFaceParameters(Strict):
     top_k: TopK | None = None
-    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+    function_to_apply: Function | None = None
 
 
 class HuggingFaceRequest(Strict):
@@ -305,7 +308,7 @@ class Info(BaseModel):
     model_id: str | None
     fingerprint: str | None
     labels: list[str]
-    state: Literal["starting", "ready", "stopping", "failed"]
+    state: State
     engine: Annotated[str | None, Field(description="torch, onnx or onnx-int8.")]
     engines: Annotated[dict[str, Any], Field(description="What `auto` measured at warm-up, in milliseconds.")]
     limits: Limits

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.experimental import internal_kv as kv
 
-from emoray.engines.choice import Wanted
+from emoray.engines import Wanted
 
 _NAMESPACE = b"emoray"
 SILENT_S = 6.0
@@ -49,6 +49,13 @@ class Change:
 def wish(model: str, engine: str) -> str:
     """What a config asks for, as one string to compare."""
     return f"{model} in {engine}"
+
+
+def open_board(app: str) -> Board:
+    """The board of an application of the cluster's Ray Serve: another life of Serve has another one."""
+    from ray.serve.context import _get_global_client
+
+    return Board(f"{_get_global_client()._controller._actor_id.hex()}/{app}")
 
 
 class Board:

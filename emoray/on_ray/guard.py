@@ -19,14 +19,16 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from emoray.http.errors import RequestError, no_answer_in_time, no_replica, overloaded, replica_ended, replicas_full
-from emoray.on_ray import straight
+from emoray.http.errors import RequestError, no_answer_in_time, no_replica, replica_ended, replicas_full, too_many
+from emoray.http.exchange import Message, Receive, Scope, Send
+from emoray.on_ray import direct_ingress
+from emoray.serve_config import LimitsConfig
 
-VARIABLE = "EMORAY_GUARD"
+_VARIABLE = "EMORAY_GUARD"
 """Settings as JSON, for proxies that are started later."""
 AGAIN = re.compile(r"/(|predict|classify|v1/classify|v2/models/[^/]+(/versions/[^/]+)?/infer)")
 """Routes that compute and change nothing: they may be sent again."""
@@ -35,10 +37,6 @@ _TRIES = 3
 _WINDOW_S = 2.0
 _AT_LEAST = 64
 """Requests under way that are always taken on: too few to tell how fast replicas are."""
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,32 @@ class Settings:
         max_body_bytes: larger bodies are not kept, so their requests are not sent again.
     """
 
-    max_requests: int = 1024
-    max_queue_s: float = 2.0
-    max_body_bytes: int = 2_000_000
+    max_requests: int
+    max_queue_s: float
+    max_body_bytes: int
 
-    def dumps(self) -> str:
-        return json.dumps(self.__dict__)
+    @staticmethod
+    def of(limits: LimitsConfig) -> Settings:
+        return Settings(2 * limits.max_queued_requests, limits.max_queue_s, limits.max_body_bytes)
+
+
+def environment(limits: LimitsConfig) -> dict[str, str]:
+    """What Ray Serve's controller must find in its environment, and hands on to its proxies."""
+    return {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:middlewares",
+        _VARIABLE: json.dumps(Settings.of(limits).__dict__),
+    }
 
 
 def middlewares() -> list[Any]:
     """For Ray Serve: called in each proxy when it starts, and behind HAProxy in each replica."""
     from starlette.middleware import Middleware
 
-    if straight.is_replica():
-        return [Middleware(straight.Straight)]
-    return [Middleware(Guard, settings=Settings(**json.loads(os.environ.get(VARIABLE, "{}"))))]
+    if direct_ingress.is_replica():
+        return [Middleware(direct_ingress.DirectIngress)]
+    given = os.environ.get(_VARIABLE)
+    settings = Settings(**json.loads(given)) if given else Settings.of(LimitsConfig())
+    return [Middleware(Guard, settings=settings)]
 
 
 class Pace:
@@ -93,7 +102,7 @@ class Pace:
             RequestError: `overloaded`.
         """
         if self.under_way >= self.limit():
-            raise overloaded(f"{self.under_way} requests are under way, and no more may: try again soon", 1)
+            raise too_many(self.under_way)
         self.under_way += 1
         left = [1]
 
@@ -107,11 +116,11 @@ class Pace:
 class Guard:
     """ASGI middleware; see the module."""
 
-    def __init__(self, app: Any, settings: Settings | None = None) -> None:
-        self._app, self._settings = app, settings or Settings()
+    def __init__(self, app: Any, settings: Settings) -> None:
+        self._app, self._settings = app, settings
         self._pace = Pace(self._settings)
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -126,9 +135,7 @@ class Guard:
         except RequestError as error:
             await _refuse(error, send)
 
-    async def _carry(
-        self, scope: MutableMapping[str, Any], receive: Receive, send: Send, tries: int, release: Callable[[], None]
-    ) -> None:
+    async def _carry(self, scope: Scope, receive: Receive, send: Send, tries: int, release: Callable[[], None]) -> None:
         """Send a request on until something answers."""
         body = _Body(receive, self._settings.max_body_bytes)
         for left in range(tries - 1, -1, -1):

@@ -132,7 +132,8 @@ class Work:
 
 def look(request: Request, watcher: Watcher) -> Work:
     """Look at model, input and output, and refuse what can't be."""
-    folder = checkpoint.fetch(find_model(request.model))
+    source = find_model(request.model)
+    folder = checkpoint.fetch(source)
     facts = checkpoint.facts(folder)
     column = request.text_column or facts.get("config", {}).get("data", {}).get("text_column", "text")
     files = batch_input.find(request.sources)
@@ -143,7 +144,7 @@ def look(request: Request, watcher: Watcher) -> Work:
     found = batch_input.cut(files, column)
     form = Format(output.kind, request.prefix, tuple(facts["labels"]), found.columns, found.schema)
     form.must_not_clash()
-    model = {"location": find_model(request.model).location, "fingerprint": checkpoint.fingerprint(folder)}
+    model = {"location": source.location, "fingerprint": checkpoint.fingerprint(folder)}
     options = {"text_column": column, "format": output.kind, "prefix": request.prefix}
     identity = {"recipe": {"input": found.prints, **options}, "model": model["fingerprint"]}
     model_bytes = sum(Storage(str(folder)).files().values())
@@ -282,6 +283,7 @@ def _reason(error: BaseException) -> str:
 
 def summary_text(summary: dict[str, Any]) -> str:
     """What `predict_on_ray` gave, for people."""
-    counts = ", ".join(f"{label} {count:,}" for label, count in summary["labels"].items())
-    errors = f"; {summary['errors']:,} have none, see the column error" if summary["errors"] else ""
-    return f"{summary['output']}: {summary['rows']:,} rows: {counts or 'no predictions'}{errors}"
+    labels = ", ".join(f"{label} {rows:,}" for label, rows in summary["labels"].items())
+    told = f"{summary['output']}: {summary['rows']:,} rows: {labels or 'no predictions'}"
+    wrong = count(summary["errors"], "row")
+    return f"{told}; {wrong} could not be scored: see the column `error`" if summary["errors"] else told

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from emoray.classifier import locate_model
-from emoray.engines.choice import Wanted
+from emoray.engines import Wanted
 from emoray.errors import ModelError
 from emoray.http.candidate import Candidate, Model
 from emoray.http.errors import busy

@@ -100,10 +100,9 @@ class Scorer:
         import torch
 
         from emoray.classifier import Classifier
-        from emoray.on_ray.worker import must_see
         from emoray.process import set_up_torch
 
-        must_see(self._attempt, "choose an --output that every node can write")
+        self._attempt.must_be_seen("choose an --output that every node can write")
         device = "cuda" if self._job.use_gpu else "cpu"
         set_up_torch(self._job.cpus, torch.device(device))
         location, fingerprint = self._job.model["location"], self._job.model["fingerprint"]

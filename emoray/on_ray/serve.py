@@ -22,9 +22,9 @@ from emoray.http.app import App, access_log, make_app
 from emoray.http.errors import unavailable
 from emoray.http.keys import Keys
 from emoray.http.service import Scored
-from emoray.on_ray import straight
+from emoray.on_ray import cluster, direct_ingress
 from emoray.on_ray.autoscaling import BUSY, QUEUED
-from emoray.on_ray.board import Board
+from emoray.on_ray.board import open_board
 from emoray.on_ray.replica import ReplicaService
 from emoray.on_ray.serve_metrics import RayMetrics
 from emoray.serve_config import ReplicasConfig, ServeConfig
@@ -35,22 +35,13 @@ APP = "emoray"
 """Name of the application where nothing else is said."""
 DRAIN_S = 60.0
 """How long a replica that is to stop goes on with what it has, in seconds."""
+REPORT_EVERY_S = 1.0
+"""How often replicas report what scaling is decided by, in seconds."""
 _LOOK_BACK_S = 5.0
 """Over how many seconds what replicas report is averaged."""
 _LOG_BYTES = 50 << 20
 _ASKED = 4
 """How often another replica is looked for to share a request with."""
-
-
-def scope() -> str:
-    """What the board of this process's application is called: another life of Serve has another one."""
-    from ray.serve.context import _get_global_client
-
-    try:
-        app = serve.get_replica_context().app_name
-    except serve.exceptions.RayServeException:
-        app = APP
-    return f"{_get_global_client()._controller._actor_id.hex()}/{app}"
 
 
 class LateApp:
@@ -70,7 +61,7 @@ class LateApp:
 
 
 @serve.ingress()
-class Endpoint:
+class Replica:
     """One replica: the ASGI app, a model, and the queue between them.
 
     Args:
@@ -85,14 +76,14 @@ class Endpoint:
         self._name = str(context.replica_id.unique_id)
         self._metrics = RayMetrics()
         self._service: ReplicaService | None = None
-        self._front = LateApp()
-        straight.set_app(self._front)
+        self._app = LateApp()
+        direct_ingress.set_app(self._app)
         self._others: Any = None
         self._before = (time.monotonic(), 0.0)
         _write_logs(self._name)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self._front
+        return self._app
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called before the first request, and again when the application is deployed with another config.
@@ -109,15 +100,15 @@ class Endpoint:
             config = config.model_copy(update={"model": settings["model"]})
         keys = api_keys.parse(settings["keys"], "keys")
         if self._service is not None:
-            self._front.app.reconfigure(config, keys)
+            self._app.app.reconfigure(config, keys)
             await self._service.reconfigure(config)
             return
-        board = Board(scope())
+        board = open_board(serve.get_replica_context().app_name)
         self._service = ReplicaService(
             config, settings["base"], board, self._name, self._metrics, elsewhere=self._elsewhere
         )
-        self._front.app = make_app(self._service, config, keys=keys, metrics=self._metrics)
-        straight.open_for_requests()
+        self._app.app = make_app(self._service, config, keys=keys, metrics=self._metrics)
+        direct_ingress.open_for_requests()
         await self._service.start()
         await self._service.until_up()  # what can't serve yet must not be given requests
 
@@ -205,7 +196,9 @@ def application(config: ServeConfig, keys: Keys, base: str) -> serve.Application
             "upscale_delay_s": config.replicas.upscale_delay_s,
             "downscale_delay_s": config.replicas.downscale_delay_s,
             "look_back_period_s": _LOOK_BACK_S,
-            "metrics_interval_s": 1.0,  # no longer read, but compared with the look-back: see `serve_command`
+            # Ray Serve no longer reads it, but wants it below the look-back; the environment variable that it reads
+            # instead is set by serve_command.py.
+            "metrics_interval_s": REPORT_EVERY_S,
             "policy": policy,
         },
         user_config=settings,
@@ -214,7 +207,7 @@ def application(config: ServeConfig, keys: Keys, base: str) -> serve.Application
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2,
         health_check_timeout_s=30,
-    )(Endpoint)
+    )(Replica)
     # The same code is the same version, so that another config is given to the replicas that run. Without one, Ray
     # Serve takes every deployment of `serve.run` for new code, and starts all replicas anew.
     deployment = deployment.options(version=__version__, _internal=True)
@@ -223,7 +216,7 @@ def application(config: ServeConfig, keys: Keys, base: str) -> serve.Application
 
 def resources(replicas: ReplicasConfig) -> tuple[float, float]:
     """CPUs and GPUs of a replica."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    nodes = cluster.live_nodes() if ray.is_initialized() else []
     gpus = replicas.num_gpus
     if gpus == "auto":
         gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0

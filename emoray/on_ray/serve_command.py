@@ -27,10 +27,9 @@ from emoray.classifier import find_model, locate_model
 from emoray.errors import ClusterError, ModelError
 from emoray.export import prepare
 from emoray.http import keys as api_keys
-from emoray.on_ray import cluster, front
-from emoray.on_ray.board import Board, wish
-from emoray.on_ray.guard import VARIABLE, Settings
-from emoray.on_ray.serve import APP, application, resources, scope
+from emoray.on_ray import cluster, guard, haproxy
+from emoray.on_ray.board import Board, open_board, wish
+from emoray.on_ray.serve import APP, REPORT_EVERY_S, application, resources
 from emoray.serve_config import HttpConfig, ServeConfig
 from emoray.storage import private_folder
 
@@ -111,7 +110,7 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
                 serve.shutdown()
         cluster.shutdown()
         if is_here:
-            front.tidy(node)
+            haproxy.tidy(node)
 
 
 def _find_and_export(config: ServeConfig, say: Say) -> None:
@@ -161,16 +160,15 @@ def _need_room(config: ServeConfig) -> None:
 def _start_serve(config: ServeConfig, is_here: bool) -> None:
     """Start Ray Serve where it doesn't run, and return when its proxies listen."""
     limits = config.limits
-    guard = Settings(2 * limits.max_queued_requests, limits.max_queue_s, limits.max_body_bytes)
     environment = {
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "emoray.on_ray.guard:middlewares",
-        VARIABLE: guard.dumps(),
-        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        **guard.environment(limits),
+        # How often replicas report what scaling is decided by; Ray Serve wants it below `_LOOK_BACK_S` of serve.py.
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": f"{REPORT_EVERY_S:g}",
     }
-    if config.http.proxy == "haproxy" or (config.http.proxy == "auto" and is_here and front.is_there()):
+    if config.http.proxy == "haproxy" or (config.http.proxy == "auto" and is_here and haproxy.is_there()):
         folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "emoray-haproxy"
         cpus, timeout_s = os.cpu_count() or 1, limits.timeout_s + _WAIT_FOR_REPLICA_S
-        environment |= front.environment(folder, config.http, cpus, timeout_s, limits.max_queued_requests)
+        environment |= haproxy.environment(folder, config.http, cpus, timeout_s, limits.max_queued_requests)
     serve.start(
         http_options={
             "host": config.http.host,
@@ -203,7 +201,7 @@ def _address(config: ServeConfig, proxies: Future[None]) -> str:
 
 def _deploy(config: ServeConfig, keys: api_keys.Keys, say: Say) -> tuple[Board, int]:
     """Deploy; returns the board and the number of the change that brings the config's model."""
-    board = Board(scope())
+    board = open_board(APP)
     config = config.model_copy(update={"model": locate_model(config.model, os.getcwd())})
     runs = _has_replicas() and bool(board.alive())
     if runs:

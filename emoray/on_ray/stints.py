@@ -15,7 +15,6 @@ from emoray import checkpoint, model
 from emoray.config import TrainConfig
 from emoray.errors import ClusterError, ConfigError, EmorayError, FencedError, StorageError
 from emoray.on_ray import cluster
-from emoray.on_ray.train import put_weights
 from emoray.on_ray.trial import open_shelf
 from emoray.on_ray.tune_search import Suggestions
 from emoray.run import Attempt
@@ -67,10 +66,13 @@ class Library:
 
     def of(self, config: TrainConfig) -> dict[str, Any]:
         """References to a trial's task and weights."""
-        weights = config.model, self._labels, config.training.seed
+
+        def weights() -> Any:
+            return ray.put(model.as_arrays(model.load(config.model, self._labels, config.training.seed)))
+
         return {
             "task": self._kept(self._tasks, self._task_key(config), lambda: ray.put(prepare(config))),
-            "state": self._kept(self._states, self._state_key(config), lambda: put_weights(model.load(*weights))),
+            "state": self._kept(self._states, self._state_key(config), weights),
         }
 
     def _kept(self, entries: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
@@ -213,12 +215,12 @@ class Stints(Searcher):
         elif outcome == "failed" and news["error"] not in _NOT_OF_VALUES:
             self._end(trial, "failed", news["reason"])
         elif outcome == "failed":
-            trial.state = "waiting" if trial.evaluations else "pending"
+            trial.rest()
             self._course.error = _NOT_OF_VALUES[news["error"]](f"Trial {trial.name}: {news['reason']}")
             self._course.stopping = f"Trial {trial.name} met what would end the others too"
             self.stop()
         else:  # paused at a rung, or stopped with the sweep
-            trial.state = "waiting" if trial.evaluations else "pending"
+            trial.rest()
             if trial.evaluations:
                 write_record(trial, self._course.attempt)
         self._conclude()

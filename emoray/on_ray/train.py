@@ -13,7 +13,6 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
-from torch import nn
 
 from emoray import model, run, signals
 from emoray.config import TrainConfig
@@ -97,14 +96,9 @@ def train(config: TrainConfig, watcher: Watcher, stint: Stint | None = None) -> 
         attempt.write(run.CONFIG, config.to_yaml())
         cluster.wait_for_room(config.workers, placement, watcher.say)
         if stint is None:
-            stint = Stint(task, put_weights(weights), None, threading.Event())
+            stint = Stint(task, ray.put(model.as_arrays(weights)), None, threading.Event())
         with tempfile.TemporaryDirectory(prefix="emoray-ray-", ignore_cleanup_errors=True) as scratch:
             return _Fit(replace(stint, task=task), folder, attempt.number, placement, scratch, watcher).run()
-
-
-def put_weights(weights: nn.Module) -> Any:
-    """Reference to a model's weights in Ray's object store: one copy a node, however many workers read it."""
-    return ray.put({name: tensor.numpy() for name, tensor in weights.state_dict().items()})
 
 
 def _say_placement(watcher: Watcher, placement: Placement, dashboard: str | None) -> None:

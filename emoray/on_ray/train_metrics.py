@@ -36,6 +36,7 @@ from typing import Any, get_args
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from emoray.metrics import EVALUATED
 from emoray.sweep import TRIALS, State, Sweep
 
 _AGAIN_S = 1.0
@@ -122,7 +123,7 @@ class TrainMetrics:
                 self._parts.inc(seconds, tags={**self._run, "part": part})
 
     def _on_evaluation(self, event: Mapping[str, Any]) -> None:
-        for name in ("validation_loss", "accuracy", "f1", "macro_f1"):
+        for name in EVALUATED:
             self._kept.set(self._validation, event["entry"][name], **self._run, metric=name)
 
     def _on_checkpoint(self, event: Mapping[str, Any]) -> None:

@@ -17,7 +17,6 @@ from emoray import model, run, signals
 from emoray.errors import EmorayError, FencedError, InterruptedRunError, RunError, StorageError
 from emoray.on_ray import cluster
 from emoray.on_ray.stints import Course, Library, Stints
-from emoray.on_ray.train import put_weights
 from emoray.on_ray.train_metrics import SweepMetrics
 from emoray.on_ray.trial import TrialRun
 from emoray.on_ray.tune_search import must_have_optuna
@@ -94,7 +93,7 @@ def sweep_on_ray(plan: Plan, watcher: SweepWatcher) -> dict[str, Any]:
         sweep = Sweep(plan, plan.points() or [])
         read_records(folder, sweep)
         _say_beginning(watcher, sweep, placement, at_once)
-        _Driver(sweep, attempt, watcher, at_once, lag, task, put_weights(weights)).run()
+        _Driver(sweep, attempt, watcher, at_once, lag, task, ray.put(model.as_arrays(weights))).run()
         return finish(sweep, attempt, watcher.say)
 
 

@@ -39,7 +39,7 @@ class Suggestions:
                 return False
             suggested = self._searcher.suggest(f"{self._asked:04d}")
             values = {
-                domain.key: _plain(domain, suggested[domain.key.replace(".", ":")])
+                domain.key: domain.rounded(suggested[domain.key.replace(".", ":")])
                 for domain in self._sweep.plan.domains
             }
             self._asked += 1
@@ -69,13 +69,6 @@ class Suggestions:
         if rungs and (len(curve) >= rungs[0] or (trial.over and curve)):
             return max(curve[: rungs[0]])
         return max(curve) if trial.over and curve else None
-
-
-def _plain(domain: Domain, value: Any) -> Any:
-    """Digits that a person can copy; values that are listed or on a grid as they are there."""
-    if domain.listed or not isinstance(value, float):
-        return value
-    return float(f"{value:.{10 if domain.kind == 'quniform' else 4}g}")
 
 
 def _optuna(sweep: Sweep) -> Any:

@@ -10,11 +10,11 @@ import torch
 
 from emoray.errors import InterruptedRunError, StorageError
 from emoray.finish import finish
-from emoray.learner import as_tensors
+from emoray.model import as_tensors
 from emoray.on_ray.train_metrics import TrainMetrics
 from emoray.on_ray.worker_control import Leaving, WorkerControl
 from emoray.process import set_up_torch
-from emoray.run import ATTEMPTS, Attempt
+from emoray.run import Attempt
 from emoray.storage import Storage
 from emoray.training import train
 from emoray.world import World
@@ -60,18 +60,11 @@ def run_worker(job: dict[str, Any]) -> None:
 
 def _next_attempt(attempt: Attempt, world: World) -> Attempt:
     """An attempt of these workers' own: workers before them may live on, cut off by a broken network."""
-    must_see(attempt, "set run.storage_path to a place that every node can write")
+    attempt.must_be_seen("set run.storage_path to a place that every node can write")
     number = world.agree(attempt.again().number if world.writes else 0)
     return Attempt(attempt.run, number)
 
 
 def _broken_off(error: RuntimeError) -> bool:
-    """Whether another worker's end broke off a word between workers; that one is to blame, and Ray sees it soon."""
+    """Whether an exchange between workers failed since another one died: that one is to blame, and Ray sees it soon."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-
-
-def must_see(attempt: Attempt, remedy: str) -> None:
-    """Raises StorageError where this node doesn't see what the driver wrote, or can't write beside it."""
-    if not attempt.run.exists(f"{ATTEMPTS}/{attempt.number:06d}.json"):
-        raise StorageError(f"can't see the folder {attempt.run.location}: {remedy}, e.g. NFS or s3://")
-    attempt.run.must_be_writable()

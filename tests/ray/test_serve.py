@@ -22,7 +22,7 @@ from tiny import sentences, train_here
 from benchmarks.serve_chaos import KEY, Trial, soak
 from benchmarks.serving import Load, Serving, environment, expected_of, wait_until
 from emoray import Classifier
-from emoray.on_ray import front
+from emoray.on_ray import haproxy
 
 pytestmark = pytest.mark.ray
 
@@ -94,7 +94,7 @@ def test_it_says_where_it_is(serving: Serving, models: list[Path]) -> None:
     listening = serving.listening()
     assert {host for host, _ in listening} == {"127.0.0.1"}
     assert int(serving.url.rsplit(":", 1)[1]) in {port for _, port in listening}
-    if front.is_there():
+    if haproxy.is_there():
         assert len(listening) >= 5, "HAProxy and its two pages on statistics, the proxy behind it, a replica"
 
 

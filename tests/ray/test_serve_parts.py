@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,20 +17,22 @@ import pytest
 
 from emoray.classifier import locate_model
 from emoray.http.service import Scored
-from emoray.on_ray import front, shares, straight
+from emoray.on_ray import direct_ingress, haproxy, shares
 from emoray.on_ray.autoscaling import BUSY, QUEUED, ByQueuedTokens
 from emoray.on_ray.board import judge
+from emoray.on_ray.direct_ingress import DirectIngress, set_app
 from emoray.on_ray.guard import AGAIN, Guard, Settings
-from emoray.on_ray.straight import Straight, set_app
 from emoray.prediction import Prediction
+from emoray.serve_config import LimitsConfig
 
 Sent = list[dict[str, Any]]
+DEFAULTS = Settings.of(LimitsConfig())
 
 
 def request(
     app: Any, path: str = "/v1/classify", method: str = "POST", body: tuple[bytes, ...] = (b"ab", b"cd")
 ) -> Sent:
-    return asyncio.run(_request(Guard(app, Settings(max_body_bytes=100)), path, method, body))
+    return asyncio.run(_request(Guard(app, replace(DEFAULTS, max_body_bytes=100)), path, method, body))
 
 
 async def _request(guard: Guard, path: str, method: str, body: tuple[bytes, ...]) -> Sent:
@@ -138,7 +141,7 @@ def test_more_requests_than_can_wait_are_refused_at_once() -> None:
             await go.wait()
             await send({"type": "http.response.start", "status": 200, "headers": []})
 
-        guard = Guard(slow, Settings(max_requests=5))
+        guard = Guard(slow, replace(DEFAULTS, max_requests=5))
         waiting = [asyncio.create_task(_request(guard, "/predict", "POST", (b"",))) for _ in range(5)]
         await asyncio.sleep(0)
         refused = await _request(guard, "/predict", "POST", (b"",))
@@ -206,7 +209,7 @@ def test_where_a_model_is(tmp_path: Any) -> None:
     assert expect("~/model") == str(Path.home() / "model")
 
 
-@pytest.mark.skipif(not front.is_there(), reason="no HAProxy for this platform")
+@pytest.mark.skipif(not haproxy.is_there(), reason="no HAProxy for this platform")
 def test_haproxy_listens_on_this_machine_alone_and_speaks_json(tmp_path: Path) -> None:
     """The script that stands for HAProxy, on what Ray Serve's own template writes."""
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
@@ -219,7 +222,7 @@ def test_haproxy_listens_on_this_machine_alone_and_speaks_json(tmp_path: Path) -
     config = tmp_path / "haproxy.cfg"
     config.write_text(written)
     assert "bind :9101" in written and "bind *:8404" in written and "errorfile 503 /of/ray" in written
-    script = front.prepare(tmp_path / "front", "/bin/true", (9101, 8404), 256)
+    script = haproxy.prepare(tmp_path / "front", "/bin/true", (9101, 8404), 256)
     subprocess.run([str(script), "-db", "-f", str(config)], check=True, timeout=60)
     mended = config.read_text()
     assert "frontend http_frontend\n    http-request disable-l7-retry if METH_PUT\n    http-after-response" in mended
@@ -271,7 +274,7 @@ def test_an_answer_is_one_write(monkeypatch: pytest.MonkeyPatch, server: Any, co
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else b"body"})
 
     async def answers(method: str) -> tuple[list[bytes], bool]:
-        config = uvicorn.Config(Straight(app), http=server, lifespan="off", log_config=None)
+        config = uvicorn.Config(DirectIngress(app), http=server, lifespan="off", log_config=None)
         config.load()
         protocol = config.http_protocol_class(config=config, server_state=server_state(), app_state={})
         transport = Written()
@@ -285,10 +288,10 @@ def test_an_answer_is_one_write(monkeypatch: pytest.MonkeyPatch, server: Any, co
 
     async def scenario(method: str) -> tuple[list[bytes], bool]:
         set_app(app)
-        straight.open_for_requests()
+        direct_ingress.open_for_requests()
         return await answers(method)
 
-    monkeypatch.setattr(straight, "_here", {"app": None, "loop": None})
+    monkeypatch.setattr(direct_ingress, "_here", {"app": None, "loop": None})
     for method, body in (("GET", b"body"), ("HEAD", b"")):
         (write,), closed = asyncio.run(scenario(method))
         assert write.startswith(b"HTTP/1.1 200") and write.partition(b"\r\n\r\n")[2] == body
@@ -305,19 +308,19 @@ def test_behind_haproxy_requests_go_straight_into_the_app(monkeypatch: pytest.Mo
 
             return call
 
-        middleware = Straight(app("ray"))
-        assert not straight.is_replica()
+        middleware = DirectIngress(app("ray"))
+        assert not direct_ingress.is_replica()
         set_app(app("emoray"))
-        assert straight.is_replica()
+        assert direct_ingress.is_replica()
         await middleware({"type": "http", "path": "/early"}, None, None)
-        straight.open_for_requests()
+        direct_ingress.open_for_requests()
         for path in ("/v1/classify", "/-/healthz", "/"):
             await middleware({"type": "http", "path": path}, None, None)
-        straight._here["loop"] = None  # Ray Serve runs the app in a thread of its own
+        direct_ingress._here["loop"] = None  # Ray Serve runs the app in a thread of its own
         await middleware({"type": "http", "path": "/v1/classify"}, None, None)
         return went
 
-    monkeypatch.setattr(straight, "_here", {"app": None, "loop": None})
+    monkeypatch.setattr(direct_ingress, "_here", {"app": None, "loop": None})
     assert asyncio.run(scenario()) == [
         "ray /early",
         "emoray /v1/classify",
@@ -373,8 +376,8 @@ def test_a_client_that_asks_before_it_sends_is_told_to_go_on(monkeypatch: pytest
 
     async def scenario() -> list[bytes]:
         set_app(app)
-        straight.open_for_requests()
-        config = uvicorn.Config(Straight(app), http=server, lifespan="off", log_config=None)
+        direct_ingress.open_for_requests()
+        config = uvicorn.Config(DirectIngress(app), http=server, lifespan="off", log_config=None)
         config.load()
         protocol = config.http_protocol_class(config=config, server_state=server_state(), app_state={})
         transport = Written()
@@ -389,6 +392,6 @@ def test_a_client_that_asks_before_it_sends_is_told_to_go_on(monkeypatch: pytest
         protocol.connection_lost(None)
         return [*before, b"|", *transport.writes[len(before) :]]
 
-    monkeypatch.setattr(straight, "_here", {"app": None, "loop": None})
+    monkeypatch.setattr(direct_ingress, "_here", {"app": None, "loop": None})
     told = asyncio.run(scenario())
     assert told[0].startswith(b"HTTP/1.1 100") and told[1] == b"|" and told[2].endswith(b"\r\n\r\nab")

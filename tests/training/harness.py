@@ -32,11 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emoray import checkpoint, model
 from emoray import config as cfg
+from emoray.checkpoint import OPTIMIZER, WEIGHTS
 from emoray.config import TrainConfig
 from emoray.cuda_graphs import GraphedPasses
 from emoray.finish import finish
 from emoray.forward import Forward
-from emoray.learner import OPTIMIZER, WEIGHTS, Learner, as_tensors
+from emoray.learner import Learner
+from emoray.model import as_tensors
 from emoray.run import Attempt, open_run, read_history, refuse_changed
 from emoray.storage import Storage
 from emoray.task import Task, prepare

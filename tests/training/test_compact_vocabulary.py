@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emoray import checkpoint, model
+from emoray.checkpoint import OPTIMIZER
 from emoray.config import TrainConfig
 from emoray.errors import InterruptedRunError
-from emoray.learner import OPTIMIZER, Learner
+from emoray.learner import Learner
 from emoray.task import prepare
 from emoray.training import Wish
 from emoray.world import World

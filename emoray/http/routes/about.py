@@ -9,7 +9,6 @@ import re
 from importlib import resources
 
 from emoray import __version__
-from emoray.http.errors import unavailable
 from emoray.http.exchange import Exchange, Reply, reply
 from emoray.http.route import Endpoint, Route
 from emoray.http.schemas import Health, Info
@@ -22,8 +21,7 @@ async def health(exchange: Exchange, endpoint: Endpoint) -> Reply:
 
 
 async def ready(exchange: Exchange, endpoint: Endpoint) -> Reply:
-    if endpoint.service.state != "ready":
-        raise unavailable(f"not ready: {endpoint.service.state}", 2)
+    endpoint.must_be_ready()
     return reply({"status": "ready"})
 
 

@@ -10,9 +10,7 @@ from emoray.http.schemas import HuggingFaceParameters, HuggingFaceRequest, Label
 
 async def infer(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(HuggingFaceRequest)
-    exchange.need_texts(request.inputs)
-    scored = await exchange.within_time(endpoint.service.classify(request.inputs, exchange.deadline))
-    exchange.facts["model"] = scored.model
+    scored = await endpoint.classify(exchange, request.inputs)
     parameters = request.parameters or HuggingFaceParameters()
     return reply(ranked(scored, parameters.function_to_apply or "softmax", parameters.top_k))
 

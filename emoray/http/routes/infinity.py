@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from emoray.http.errors import RequestError
+from emoray.http.errors import no_such
 from emoray.http.exchange import Exchange, Reply, reply
 from emoray.http.ranking import ranked
 from emoray.http.route import Endpoint, Route
@@ -17,10 +17,8 @@ _ANY = (None, "", "default/not-specified")
 
 async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(InfinityRequest)
-    exchange.need_texts(request.input)
     _need_model(request.model, endpoint.service)
-    scored = await exchange.within_time(endpoint.service.classify(request.input, exchange.deadline))
-    exchange.facts["model"] = scored.model
+    scored = await endpoint.classify(exchange, request.input)
     tokens = sum(prediction.tokens for prediction in scored.predictions)
     return reply(
         {
@@ -37,7 +35,7 @@ async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
 def _need_model(name: str | None, service: Service) -> None:
     identity = service.identity
     if identity is not None and name not in (*_ANY, identity.name, str(identity)):
-        raise RequestError("not_found", f"no such model here; this endpoint serves '{identity.name}'")
+        raise no_such("model", identity.name)
 
 
 ROUTES = (

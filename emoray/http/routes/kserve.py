@@ -12,7 +12,7 @@ from pydantic_core import to_json
 
 from emoray import __version__
 from emoray.http import v2_binary
-from emoray.http.errors import RequestError, invalid, unavailable
+from emoray.http.errors import RequestError, invalid, no_such, unavailable
 from emoray.http.exchange import JSON, Exchange, Reply, parse, reply
 from emoray.http.route import Endpoint, Route
 from emoray.http.schemas import (
@@ -37,9 +37,7 @@ async def infer(exchange: Exchange, endpoint: Endpoint) -> Reply:
     wanted = _wanted(request)
     _need_model(exchange, endpoint)
     texts = _texts(request, binary)
-    exchange.need_texts(texts)
-    scored = await exchange.within_time(endpoint.service.classify(texts, exchange.deadline))
-    exchange.facts["model"] = scored.model
+    scored = await endpoint.classify(exchange, texts)
     return _answer(request, scored, wanted)
 
 
@@ -68,9 +66,9 @@ def _need_model(exchange: Exchange, endpoint: Endpoint) -> Identity:
         raise unavailable("there is no model yet: try again soon", 2)
     name, version = exchange.parts["name"], exchange.parts.get("version")
     if name not in (identity.name, str(identity)):
-        raise RequestError("not_found", f"no such model here; this endpoint serves '{identity.name}'")
+        raise no_such("model", identity.name)
     if version not in (None, identity.fingerprint):
-        raise RequestError("not_found", f"no such version; this endpoint serves {identity.fingerprint}")
+        raise no_such("version", identity.fingerprint)
     return identity
 
 
@@ -137,8 +135,7 @@ async def live(exchange: Exchange, endpoint: Endpoint) -> Reply:
 
 
 async def ready(exchange: Exchange, endpoint: Endpoint) -> Reply:
-    if endpoint.service.state != "ready":
-        raise unavailable(f"not ready: {endpoint.service.state}", 2)
+    endpoint.must_be_ready()
     return reply({"ready": True})
 
 

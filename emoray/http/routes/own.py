@@ -12,11 +12,7 @@ from emoray.http.schemas import ClassifyRequest, ClassifyResponse, ModelRequest,
 
 async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(ClassifyRequest)
-    exchange.need_texts(request.texts)
-    scored = await exchange.within_time(
-        endpoint.service.classify(request.texts, exchange.deadline, truncate=request.truncate, explain=request.explain)
-    )
-    exchange.facts["model"] = scored.model
+    scored = await endpoint.classify(exchange, request.texts, request.truncate, request.explain)
     predictions: list[dict[str, Any]] = [
         {
             "label": prediction.label,

@@ -10,12 +10,7 @@ from emoray.http.schemas import LabelScore, TeiRequest
 
 async def predict(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(TeiRequest)
-    texts = request.inputs.texts
-    exchange.need_texts(texts)
-    scored = await exchange.within_time(
-        endpoint.service.classify(texts, exchange.deadline, truncate=request.truncate is not False)
-    )
-    exchange.facts["model"] = scored.model
+    scored = await endpoint.classify(exchange, request.inputs.texts, truncate=request.truncate is not False)
     lists = ranked(scored, "none" if request.raw_scores else "softmax")
     return reply(lists[0] if request.inputs.single else lists)
 

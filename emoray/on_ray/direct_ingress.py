@@ -8,12 +8,12 @@ must still answer, its health checks, goes its way. A replica that is to stop wa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Message]], Send], Any]
+from emoray.http.exchange import Message, Receive, Scope, Send
+
+App = Callable[[Scope, Receive, Send], Any]
 
 _here: dict[str, Any] = {"app": None, "loop": None}
 
@@ -33,13 +33,13 @@ def is_replica() -> bool:
     return _here["app"] is not None
 
 
-class Straight:
+class DirectIngress:
     """ASGI middleware; see the module."""
 
     def __init__(self, app: App) -> None:
         self._around = app
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
         if (
             scope["type"] != "http"
             or scope["path"].startswith("/-/")
