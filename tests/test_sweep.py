@@ -214,7 +214,9 @@ def test_what_a_sweep_tells() -> None:
     assert lines[2].startswith(f"| {results['best']['trial']} |")
     assert sum("| failed: the loss is nan |" in line for line in lines) == 1
     rows = as_csv(table_).splitlines()
-    assert rows[0].startswith("trial,state,training.learning_rate,training.train_batch_size,validation_loss,accuracy,f1")
+    assert rows[0].startswith(
+        "trial,state,training.learning_rate,training.train_batch_size,validation_loss,accuracy,f1"
+    )
     assert len(rows) == 9
     page = render(table_, results)
     assert page.count("<svg") == 5 and "0005 failed: the loss is nan" in page
