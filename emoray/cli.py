@@ -159,7 +159,7 @@ def _write_label_errors(config: TrainConfig, dataset: Dataset, path: Path) -> di
     from emoray.console import TrainingDisplay
 
     with TrainingDisplay() as display:
-        found = label_errors.in_training_split(config, dataset.splits["train"], display.say)
+        found = label_errors.in_training_split(config, dataset, display.say)
     label_errors.write_csv(path, found, dataset.splits["train"])
     return {"path": str(path), "rows": len(found)}
 

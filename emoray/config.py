@@ -216,6 +216,10 @@ class TrainConfig(Section):
         """Texts a step over all workers."""
         return self.training.global_batch_size or self.training.train_batch_size * num_workers
 
+    def texts_a_worker(self, num_workers: int) -> int:
+        """Texts a step of the worker that gets most."""
+        return -(-self.batch_size(num_workers) // num_workers)
+
     def recipe(self) -> dict[str, Any]:
         """The dotted keys that decide which weights come out, with their values."""
         keys = {k: v for k, v in flatten(self.model_dump(mode="json")).items() if not k.startswith(_NOT_THE_RECIPE)}

@@ -47,7 +47,7 @@ CHECKS: dict[str, Check] = {
     "disk for Ray": _at("doctor_machine", "ray_files"),
     "ports": _at("doctor_machine", "ports"),
     "storage": _at("doctor_config", "storage"),
-    "token cache": _at("doctor_config", "token_cache"),
+    "token cache": _at("doctor_machine", "token_cache"),
     "Ray auth": _at("on_ray.doctor", "auth"),
     "cluster": _at("on_ray.doctor", "joined_cluster"),
     "Hub": _at("doctor_config", "the_hub"),
@@ -56,7 +56,7 @@ CHECKS: dict[str, Check] = {
     "run": _at("on_ray.doctor", "run_folder"),
     "workers": _at("on_ray.doctor", "room"),
     "memory fits": _at("doctor_memory", "fits"),
-    "one step": _at("doctor_config", "one_step"),
+    "one step": _at("doctor_step", "one_step"),
 }
 """In this order: later checks build on what earlier ones put into the case."""
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emoray.doctor_findings import Case, Finding, gib, ok, problem, warning
-from emoray.doctor_machine import existing, free_memory
+from emoray.doctor_findings import Case, Finding, ok, problem, warning
+from emoray.doctor_machine import existing
 from emoray.errors import ConfigError, DataError, EmorayError, StorageError
-from emoray.storage import cache_folder
 
 if TYPE_CHECKING:
-    from emoray.task import Task
-
-STEP_LIMIT_S = 60.0
-"""How long the one step may take, loading included, in seconds."""
+    pass
 
 _MOST_CUT = 0.05
 """Share of texts cut to max_length above which that is told."""
@@ -62,32 +53,6 @@ def storage(case: Case) -> Iterator[Finding]:
         yield problem("storage", str(error), "set run.storage_path to a folder or URI that you may write")
     else:
         yield ok("storage", f"{case.storage_path} can be written")
-
-
-def token_cache(_: Case) -> Iterator[Finding]:
-    """Where tokens are kept, so that the same texts are never tokenised twice."""
-    folder = cache_folder() / "tokens"
-    place = existing(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        found = f"{place} can't be written, so texts are tokenised anew for each run"
-        yield warning("token cache", found, "set EMORAY_CACHE to a folder that you may write")
-        return
-    damaged = [entry.name for entry in sorted(folder.glob("*")) if entry.is_dir() and not _is_whole(entry)]
-    if damaged:
-        found = f"{len(damaged)} damaged in {folder}, e.g. {damaged[0]}"
-        yield warning("token cache", found, f"delete {folder}: its content is made again")
-    else:
-        yield ok("token cache", f"{folder} can be written")
-
-
-def _is_whole(entry: Path) -> bool:
-    if entry.name.startswith("tmp"):  # being written by a process that runs now
-        return True
-    try:
-        ids, offsets, cut = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("ids", "offsets", "truncated"))
-        return bool(offsets[-1] == len(ids) and len(cut) == len(offsets) - 1)
-    except (OSError, ValueError, IndexError, EOFError):
-        return False
 
 
 def the_hub(case: Case) -> Iterator[Finding]:
@@ -154,7 +119,7 @@ def encoder(case: Case) -> Iterator[Finding]:
     if case.config is None or case.dataset is None:
         return
     try:
-        case.task = prepare(case.config)
+        case.task = prepare(case.config, dataset=case.dataset)
     except EmorayError as error:
         remedy = "set model.pretrained to a whole folder or Hub id of an encoder, and model.max_length to what it takes"
         yield problem("encoder", str(error), remedy)
@@ -167,56 +132,3 @@ def encoder(case: Case) -> Iterator[Finding]:
         yield warning("encoder", found, "raise model.max_length, as far as the encoder has positions")
     else:
         yield ok("encoder", f"{found}, {cut.sum():,} of {len(cut):,} texts get cut to model.max_length")
-
-
-def one_step(case: Case) -> Iterator[Finding]:
-    """Load the weights and do a worker's first step, in a process of its own: one that runs out of memory is killed,
-    and this one must live to tell."""
-    if case.task is None or case.config is None:
-        return
-    task = replace(case.task, config=_share_of_one_worker(case.config))
-    try:
-        done = run_step(task, case.cpus or 1, case.uses_gpu)
-    except subprocess.TimeoutExpired:
-        found = f"not done after {STEP_LIMIT_S:g} s"
-        yield warning(
-            "one step", found, "training here takes long: give it a GPU, a smaller batch or a smaller encoder"
-        )
-        return
-    if "error" in done:
-        yield problem("one step", done["error"], done["remedy"])
-        return
-    what = f"loss {done['loss']:.3f}, {done['seconds']:.2f} s for {done['tokens']:,} tokens"
-    found = f"{what}, at most {gib(done['memory'])} of {done['device']} memory"
-    if not np.isfinite(done["loss"]):
-        yield problem("one step", found, "set training.precision=fp32, and look for broken weights")
-    else:
-        yield ok("one step", found)
-
-
-def _share_of_one_worker(config: Any) -> Any:
-    """The config of a run of one worker whose only step has the texts that a worker of this one gets."""
-    workers = config.workers.min_workers
-    texts = -(-config.batch_size(workers) // workers)
-    training = {"max_steps": 1, "global_batch_size": None, "train_batch_size": texts}
-    return config.model_copy(update={"training": config.training.model_copy(update=training)})
-
-
-def run_step(task: Task, threads: int, use_gpu: bool) -> dict[str, Any]:
-    """What `emoray.doctor_step` answers, from a child process.
-
-    Raises:
-        subprocess.TimeoutExpired: after STEP_LIMIT_S.
-    """
-    command = [sys.executable, "-m", "emoray.doctor_step", str(threads), "gpu" if use_gpu else "cpu"]
-    child = subprocess.run(command, input=pickle.dumps(task), capture_output=True, timeout=STEP_LIMIT_S, check=False)
-    try:
-        answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        free = gib(free_memory()[0])
-        lines = child.stderr.decode(errors="replace").strip().splitlines()
-        killed = child.returncode == -9
-        why = f"killed, most likely for memory ({free} free)" if killed else f"ended with status {child.returncode}"
-        remedy = "lower training.micro_batch_tokens or the batch" if killed else "run it again, and report this"
-        return {"error": f"the step's process was {why}: {lines[-1]}" if lines else why, "remedy": remedy}
-    return answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -90,8 +89,3 @@ Check = Callable[[Case], Iterable[Finding]]
 def gib(size: float) -> str:
     """Bytes as a person reads them, e.g. `1.5 GiB`."""
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
-
-
-def ray_temp() -> str:
-    """The folder below which Ray keeps sessions, sockets and spilled data, by Ray's rule (`ray._common.utils`)."""
-    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"

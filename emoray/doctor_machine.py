@@ -18,8 +18,9 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from emoray.doctor_findings import GIB, Case, Finding, gib, ok, problem, ray_temp, warning
-from emoray.storage import is_uri
+from emoray.doctor_findings import GIB, Case, Finding, gib, ok, problem, warning
+from emoray.folders import ray_temp
+from emoray.storage import HALF_DONE, is_uri
 
 CGROUP = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
@@ -314,3 +315,22 @@ def _answers(port: int, page: str) -> bool:
             return any(word in answer.read(10_000) for word in (b"ray", b"success"))
     except (OSError, ValueError):
         return False
+
+
+def token_cache(_: Case) -> Iterator[Finding]:
+    """Where tokens are kept, so that the same texts are never tokenised twice."""
+    from emoray import token_cache as cache
+
+    folder = cache.folder()
+    place = existing(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = f"{place} can't be written, so texts are tokenised anew for each run"
+        yield warning("token cache", found, "set EMORAY_CACHE to a folder that you may write")
+        return
+    entries = [entry for entry in sorted(folder.glob("*")) if entry.is_dir() and not entry.name.startswith(HALF_DONE)]
+    damaged = [entry.name for entry in entries if cache.read(entry) is None]
+    if damaged:
+        found = f"{len(damaged)} damaged in {folder}, e.g. {damaged[0]}"
+        yield warning("token cache", found, f"delete {folder}: its content is made again")
+    else:
+        yield ok("token cache", f"{folder} can be written")

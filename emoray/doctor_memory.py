@@ -66,7 +66,7 @@ def memory_needed(task: Task, num_workers: int, bf16: bool = False) -> Need:
         rows = used_rows((part.tokens for part in task.parts.values()), table.num_embeddings, table.padding_idx)
         kept -= (table.num_embeddings - len(rows)) * table.embedding_dim
     lengths = np.sort(task.parts["train"].tokens.lengths)[::-1]
-    texts = -(-task.config.batch_size(num_workers) // num_workers)
+    texts = task.config.texts_a_worker(num_workers)
     tokens = max(int(lengths[0]), min(training.micro_batch_tokens, int(lengths[:texts].sum())))
     activations = tokens * _bytes_a_token(task.hf_config, int(lengths[0]), 2 if bf16 else 4)
     return Need(4.0 * kept, 4.0 * (kept - frozen), 8.0 * (kept - frozen), activations, 8.0 * whole, whole)

@@ -30,7 +30,7 @@ from emoray.storage import Storage
 
 if TYPE_CHECKING:
     from emoray.config import TrainConfig
-    from emoray.data import Split
+    from emoray.data import Dataset, Split
     from emoray.task import Task
 
 FOLDS = 3
@@ -98,13 +98,13 @@ def _cleanlab() -> tuple[Any, Any]:
 
 
 def in_training_split(
-    config: TrainConfig, split: Split, say: Callable[[str], None] = lambda _: None
+    config: TrainConfig, dataset: Dataset, say: Callable[[str], None] = lambda _: None
 ) -> list[LabelError]:
     """The rows of the training split that are likely mislabelled, likeliest first.
 
     Args:
         config: the recipe that is trained FOLDS times, on this machine.
-        split: the training split of its data.
+        dataset: its data.
         say: called with one line before each part that takes time.
 
     Raises:
@@ -112,19 +112,19 @@ def in_training_split(
         DataError, ModelError, NotFiniteError: as training.
     """
     _cleanlab()
-    labels, probabilities = out_of_sample(config, split, say)
-    return find(labels, split.labels, probabilities)
+    labels, probabilities = out_of_sample(config, dataset, say)
+    return find(labels, dataset.splits["train"].labels, probabilities)
 
 
 def out_of_sample(
-    config: TrainConfig, split: Split, say: Callable[[str], None] = lambda _: None
+    config: TrainConfig, dataset: Dataset, say: Callable[[str], None] = lambda _: None
 ) -> tuple[tuple[str, ...], Array]:
     """The label names, and of each training row the probabilities [n, L] of a model that has not seen it."""
     from emoray import model
     from emoray.task import prepare
 
     training = config.training.model_copy(update={"checkpoint_every_minutes": None, "keep_checkpoints": 1})
-    task = prepare(config.model_copy(update={"training": training}), say)
+    task, split = prepare(config.model_copy(update={"training": training}), say, dataset), dataset.splits["train"]
     state = model.load(config.model, task.labels, config.training.seed).state_dict()
     fold = deal(split.texts, split.labels, FOLDS)
     probabilities = np.empty((len(fold), len(task.labels)))

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from emoray.doctor_findings import ray_temp
 from emoray.errors import ClusterError
-from emoray.storage import cache_folder
+from emoray.folders import cache_folder, ray_temp
 
 _PATIENCE_S = 60.0
 _RAYS = "/tmp/ray/"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,6 @@ def is_uri(location: str) -> bool:
 def absolute(location: str) -> str:
     """Paths made absolute, URIs as they are: workers and other nodes don't share the driver's folder."""
     return location if is_uri(location) else str(Path(location).expanduser().resolve())
-
-
-def cache_folder() -> Path:
-    """Where this machine keeps what can be made again (tokens, exports): `$EMORAY_CACHE`, else `~/.cache/emoray`."""
-    return Path(os.environ.get("EMORAY_CACHE") or Path.home() / ".cache" / "emoray")
-
-
-def private_folder() -> Path:
-    """A folder of this user's alone, where processes of this machine find one another; its path is short, for sockets.
-
-    Raises:
-        StorageError: someone else has made it.
-    """
-    folder = Path("/tmp") / f"emoray-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise StorageError(f"{folder}: must be a folder that its owner alone may enter, and be yours: remove it")
-    return folder
 
 
 class Storage:
@@ -146,7 +126,8 @@ class Storage:
                 with self._told(name, "written"), self._fs.open_output_stream(self._path(name), None) as stream:
                     yield stream
             except BaseException:
-                self.delete(name)  # closing it has made what was written so far visible
+                with suppress(StorageError):
+                    self.delete(name)  # closing it has made what was written so far visible
                 raise
             return
         path = self.local_path / name
@@ -160,7 +141,8 @@ class Storage:
                     os.fsync(stream.fileno())
                 os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # mostly, that it is in its place
+                temporary.unlink()
 
     def write(self, name: str, content: bytes | str, *, exclusive: bool = False) -> None:
         """Write a small file whole.
@@ -172,17 +154,16 @@ class Storage:
             FileExistsError: where `exclusive` found one.
         """
         data = content.encode("utf-8") if isinstance(content, str) else content
-        with self._told(name, "written"):
-            if self.local_path is not None:
-                written = _write_local(self.local_path / name, data, exclusive)
-            else:
-                written = not (exclusive and self.exists(name))
-                if written:
-                    self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
-                    with self._fs.open_output_stream(self._path(name), compression=None) as stream:
-                        stream.write(data)
-        if not written:  # an answer, not a failure of the filesystem
+        if exclusive and self.local_path is not None:
+            with self._told(name, "written"):
+                written = _write_new(self.local_path / name, data)
+            if not written:  # an answer, not a failure of the filesystem
+                raise FileExistsError(name)
+            return
+        if exclusive and self.exists(name):
             raise FileExistsError(name)
+        with self.growing(name) as stream:
+            stream.write(data)
 
     def must_be_writable(self) -> None:
         """Find out before work starts whether the folder can be made and written; nothing is left there.
@@ -238,7 +219,7 @@ class Storage:
                     path.unlink(missing_ok=True)
 
     def sync(self, stage: Path) -> None:
-        """Have all of a staged folder on disk, so that a power cut can't tear it; on object stores nothing is to do."""
+        """Have all of a staged folder on disk, so that a power cut can't tear it. Object stores need no such thing."""
         if self.local_path is not None:
             with self._told("", "written"):
                 for path in (*stage.rglob("*"), stage):
@@ -271,12 +252,8 @@ class Storage:
             self.delete(name)  # files that only the old one had would stay
             paths = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
             for path in sorted(paths, key=lambda p: p == last):
-                self._upload(stage / path, f"{name}/{path}")
-
-    def _upload(self, source: Path, name: str) -> None:
-        self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
-        with source.open("rb") as reader, self._fs.open_output_stream(self._path(name), compression=None) as stream:
-            shutil.copyfileobj(reader, stream, 1 << 20)
+                with (stage / path).open("rb") as reader, self.growing(f"{name}/{path}") as stream:
+                    shutil.copyfileobj(reader, stream, 1 << 20)
 
     def download(self, target: Path) -> None:
         """Copy the whole folder to a local one."""
@@ -287,8 +264,8 @@ class Storage:
                     shutil.copyfileobj(stream, writer, 1 << 20)
 
 
-def _write_local(path: Path, data: bytes, exclusive: bool) -> bool:
-    """Write a file through a temporary one beside it; False where `exclusive` found one in its place."""
+def _write_new(path: Path, data: bytes) -> bool:
+    """Write a file through a temporary one beside it; False where there is one in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{_WRITING}{uuid.uuid4().hex}"  # not mkstemp, whose files only their owner can read
     try:
@@ -296,9 +273,6 @@ def _write_local(path: Path, data: bytes, exclusive: bool) -> bool:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        if not exclusive:
-            os.replace(temporary, path)
-            return True
         try:
             os.link(temporary, path)  # fails where the path exists, unlike a rename
         except FileExistsError:

@@ -17,7 +17,8 @@ from emoray import __version__, data
 from emoray.config import TrainConfig
 from emoray.errors import ModelError
 from emoray.storage import absolute, is_uri
-from emoray.tokens import Tokens, tokenize_cached, tokenizer_digest
+from emoray.token_cache import tokenize_cached
+from emoray.tokens import Tokens, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -74,17 +75,21 @@ class Task:
         }
 
 
-def prepare(config: TrainConfig, say: Callable[[str], None] = lambda _: None) -> Task:
+def prepare(
+    config: TrainConfig, say: Callable[[str], None] = lambda _: None, dataset: data.Dataset | None = None
+) -> Task:
     """Read and check everything but the weights.
 
     Args:
         say: called with one line before each part that takes time.
+        dataset: the config's, where it has been read already.
 
     Raises:
         DataError, ModelError: all that is wrong with the data, or with the encoder.
     """
-    say(f"Reading {config.data.dataset}")
-    dataset = data.load(config.data)
+    if dataset is None:
+        say(f"Reading {config.data.dataset}")
+        dataset = data.load(config.data)
     from emoray import model  # torch and transformers take seconds: bad data is told before they load
 
     hf_config = model.load_config(config.model, dataset.labels)

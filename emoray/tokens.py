@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +13,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from emoray.errors import ModelError
-from emoray.storage import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,40 +98,6 @@ def _set(fast: Tokenizer, max_length: int) -> None:
     wanted = {"max_length": max_length, "stride": 0, "strategy": "longest_first", "direction": "right"}
     if fast.truncation != wanted:  # else of an encoder's own ways, a stride for one, something would stay
         fast.enable_truncation(max_length)
-
-
-def tokenize_cached(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
-    """As `tokenize`, kept on disk and memory-mapped: the same texts and tokenizer are never tokenised twice.
-
-    The cache lies in `storage.cache_folder()`; where it can't be written, nothing is kept.
-    """
-    key = hashlib.sha256(f"2 {max_length} {tokenizer_digest(tokenizer)}\n".encode())
-    for text in texts:
-        encoded = text.encode("utf-8", "surrogatepass")
-        key.update(b"%d:" % len(encoded) + encoded)
-    folder = cache_folder() / "tokens" / key.hexdigest()[:32]
-    names = ("ids", "offsets", "truncated")
-    try:
-        kept = Tokens(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
-        if len(kept) == len(kept.truncated) == len(texts) and kept.offsets[-1] == len(kept.ids):
-            return kept
-    except (OSError, ValueError, EOFError):
-        pass  # not there, or damaged
-    tokens = tokenize(texts, tokenizer, max_length)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            for name in names:
-                with (Path(temporary) / f"{name}.npy").open("wb") as file:
-                    np.save(file, getattr(tokens, name))
-                    file.flush()
-                    os.fsync(file.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            Path(temporary).mkdir()  # TemporaryDirectory wants to remove it
-    except OSError:
-        pass  # a read-only home, a full disk, or another process that was faster: the tokens are here all the same
-    return tokens
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> Tokenizer:

@@ -18,11 +18,12 @@ PACKAGE = Path(__file__).parents[1] / "emoray"
 ROOMS = (
     ("wording",),
     ("errors", "signals"),
-    ("config", "config_files", "search_space", "tune_config", "storage", "hub", "console"),
+    ("config", "config_files", "search_space", "tune_config", "storage", "folders", "hub", "console"),
     (
         "data",
         "data_*",
         "tokens",
+        "token_cache",
         "packing",
         "packed_*",
         "cuda_graphs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -179,14 +180,14 @@ def test_a_fenced_write_leaves_nothing(run: Storage, tmp_path: Path) -> None:
 def test_an_upload_that_broke_off_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = object_store(tmp_path / "run")
     write(run, name_of(5), fill, allowed)
-    upload = Storage._upload
+    growing = Storage.growing
 
-    def breaks_off(self: Storage, source: Path, name: str) -> None:
+    def breaks_off(self: Storage, name: str) -> AbstractContextManager[object]:
         if name.endswith("progress.json"):
             raise OSError("connection lost")
-        upload(self, source, name)
+        return growing(self, name)
 
-    monkeypatch.setattr(Storage, "_upload", breaks_off)
+    monkeypatch.setattr(Storage, "growing", breaks_off)
     with pytest.raises(StorageError, match="connection lost"):
         write(run, name_of(10), fill, allowed)
     folder, damaged = newest_good(run)

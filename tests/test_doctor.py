@@ -24,7 +24,7 @@ import ray
 import torch
 from tiny import Emoray, write_rows
 
-from emoray import doctor, doctor_config, doctor_machine, doctor_memory, doctor_step, hub
+from emoray import doctor, doctor_machine, doctor_memory, doctor_step, hub
 from emoray.doctor_findings import GIB, Finding
 from emoray.on_ray import doctor as ray_doctor
 from emoray.storage import Storage
@@ -78,7 +78,7 @@ def is_found(finding: Finding, status: str, *words: str, remedy: str) -> None:
 
 
 def test_nothing_on_a_sound_machine(monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str], tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor_config, "STEP_LIMIT_S", 300)  # a busy machine is none of the faults
+    monkeypatch.setattr(doctor_step, "STEP_LIMIT_S", 300)  # a busy machine is none of the faults
     fitting = "model.max_length=64"  # the tiny config's 32 cuts some texts
     findings = doctor.examine(None, [*tiny_overrides, f"run.storage_path={tmp_path / 'runs'}", fitting])
     assert [f for f in findings if f.status != "ok"] == []
@@ -486,7 +486,7 @@ def test_memory_needed_is_that_of_the_tensors(tiny_overrides: list[str]) -> None
 def test_broken_weights(monkeypatch: pytest.MonkeyPatch, look: Look, tiny_encoder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
     (folder / "model.safetensors").write_bytes(b"no weights")
-    monkeypatch.setattr(doctor_config, "run_step", doctor_step.step)  # in this process: another takes seconds
+    monkeypatch.setattr(doctor_step, "run_step", doctor_step.step)  # in this process: another takes seconds
     finding = look("one step", f"model.pretrained={folder}", "model.from_scratch=false")
     is_found(finding, "problem", "weights can't be loaded", remedy="whole folder")
 

@@ -67,7 +67,8 @@ def test_each_row_is_scored_by_a_model_that_has_not_seen_it(
 ) -> None:
     """The texts that a fold trains on and those it is asked about share nothing, and all are asked about once."""
     config = load(None, overrides)
-    split = data.load(config.data).splits["train"]
+    dataset = data.load(config.data)
+    split = dataset.splits["train"]
     asked: list[np.ndarray] = []
 
     def without(task: object, state: object, kept: np.ndarray) -> np.ndarray:
@@ -77,7 +78,7 @@ def test_each_row_is_scored_by_a_model_that_has_not_seen_it(
         return np.full((len(held_out), 4), 0.25)
 
     monkeypatch.setattr(label_errors, "_without", without)
-    labels, probabilities = label_errors.out_of_sample(config, split)
+    labels, probabilities = label_errors.out_of_sample(config, dataset)
     assert labels == LABELS
     assert probabilities.shape == (160, 4)
     assert sorted(np.concatenate(asked)) == list(range(160))

@@ -13,7 +13,7 @@ from tiny import object_store
 
 from emoray import storage
 from emoray.errors import StorageError
-from emoray.storage import HALF_DONE, Storage, absolute, is_uri, private_folder
+from emoray.storage import HALF_DONE, Storage, absolute, is_uri
 
 Open = Callable[[Path], Storage]
 BOTH = pytest.mark.parametrize("open_at", [lambda folder: Storage(str(folder)), object_store], ids=["local", "objects"])
@@ -157,8 +157,8 @@ def test_a_staged_folder_replaces_the_old_one(open_at: Open, tmp_path: Path) -> 
 def test_the_last_file_goes_up_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = object_store(tmp_path)
     order: list[str] = []
-    upload = Storage._upload
-    monkeypatch.setattr(Storage, "_upload", lambda self, source, name: (order.append(name), upload(self, source, name)))
+    growing = Storage.growing
+    monkeypatch.setattr(Storage, "growing", lambda self, name: (order.append(name), growing(self, name))[1])
     with folder.staging() as stage:
         for name in ("a-manifest", "b", "z"):
             (stage / name).write_text(name)
@@ -231,14 +231,3 @@ def test_a_folder_that_may_not_be_written(locked: Path) -> None:
         Storage(str(locked / "run")).must_be_writable()
     with pytest.raises(StorageError, match="can't be written"):
         Storage(str(locked / "run")).write("a.txt", "a")
-
-
-def test_the_private_folder_is_this_users_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    number = 4_000_000 + os.getpid()
-    place = Path(f"/tmp/emoray-{number}")
-    monkeypatch.setattr("emoray.storage.os.getuid", lambda: number)
-    try:
-        with pytest.raises(StorageError, match="be yours: remove it"):
-            private_folder()  # made by the one who runs this test, who is somebody else
-    finally:
-        place.rmdir()

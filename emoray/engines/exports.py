@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from emoray import checkpoint
 from emoray.errors import CheckpointError, ModelError
-from emoray.storage import cache_folder
+from emoray.folders import cache_folder
 
 Precision = Literal["fp32", "int8"]
 PRECISIONS: dict[str, Precision] = {"onnx": "fp32", "onnx-int8": "int8"}

@@ -16,9 +16,9 @@ import shutil
 import socket
 from pathlib import Path
 
+from emoray.folders import private_folder
 from emoray.http.errors import KINDS, RequestError, no_answer_in_time, no_replica, replica_ended, replicas_full
 from emoray.serve_config import HttpConfig
-from emoray.storage import private_folder
 
 RETRIES = 12
 """How often a request is tried again; a replica that has just died is marked down after the third failure."""

@@ -26,12 +26,12 @@ from ray.serve.context import _get_global_client
 from emoray.classifier import find_model, locate_model
 from emoray.errors import ClusterError, ModelError
 from emoray.export import prepare
+from emoray.folders import private_folder
 from emoray.http import keys as api_keys
 from emoray.on_ray import cluster, guard, haproxy
 from emoray.on_ray.board import Board, open_board, wish
 from emoray.on_ray.serve import APP, REPORT_EVERY_S, application, resources
 from emoray.serve_config import HttpConfig, ServeConfig
-from emoray.storage import private_folder
 
 Say = Callable[[str], None]
 
