@@ -43,10 +43,10 @@ def work(rank: int, size: int, overrides: list[str], steps: int) -> dict[str, An
     learner = Learner(task, model.load(task.config.model, task.labels, 42).state_dict(), world)
     tokens, seconds = 0, 0.0
     for step in range(WARM_UP + steps):
-        world.most(0)  # all start together
+        world.barrier()  # all start together
         start = time.perf_counter()
         float(learner.step(step))
-        world.most(0)
+        world.barrier()
         if step >= WARM_UP:
             seconds += time.perf_counter() - start
             tokens += int(learner.plan.lengths[learner.plan.samples(step)].sum())

@@ -1,4 +1,4 @@
-"""The input of `emoray predict`: finds its files and cuts them into pieces, a function of their content alone"""
+"""The input of `emoray predict`: finds its files and cuts them into pieces, a function of their content alone."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _find(source: str, problems: list[str]) -> list[File]:
 
 
 def _hidden(name: str) -> bool:
-    """As for Ray Data, Spark and pyarrow; so what `emoray predict` notes beside its own output is no input."""
+    """As for Ray Data, Spark and pyarrow; so what `emoray predict` notes beside its own output isn't input."""
     *folders, last = name.split("/")
     return (
         last in NOT_DATA

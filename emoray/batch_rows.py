@@ -128,7 +128,7 @@ def _jsonl_rows(lines: Lines) -> Iterator[Row]:
         if isinstance(row, dict):
             yield Row(row, fault)
         else:
-            yield Row({}, fault or f"line {lines.number} holds JSON that is no object")
+            yield Row({}, fault or f"line {lines.number} holds JSON that is not an object")
 
 
 _LONGEST = 1 << 24
@@ -227,7 +227,7 @@ def fault_of(text: Any) -> str | None:
     if isinstance(text, bytes):
         return "the text is not in UTF-8"
     if not isinstance(text, str):
-        return f"the text is no string, but {str(text)[:40]!r} ({type(text).__name__})"
+        return f"the text is not a string, but {str(text)[:40]!r} ({type(text).__name__})"
     if not text or text.isspace():
         return "the text is empty"
     try:

@@ -64,7 +64,7 @@ def write(run: Storage, name: str, fill: Callable[[Path], None], may_write: Call
             (stage / MANIFEST).write_text(json.dumps({"files": sums(stage)}, indent=1, sort_keys=True))
             run.sync(stage)  # takes seconds, after which `may_write` is asked
         except (OSError, SafetensorError, StorageError) as error:
-            may_write()  # a newer attempt sweeps away what is half written: that is no fault of the disk
+            may_write()  # a newer attempt sweeps away what is half written: that is not the disk's fault
             raise StorageError(f"{run.location}/{name}: can't be written: {error}") from error
         may_write()
         run.publish(stage, name, last=MANIFEST)
@@ -102,7 +102,7 @@ def verify(folder: Path) -> dict[str, Any]:
         listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is no checkpoint or was not finished") from None
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is not a checkpoint, or was not finished") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder}/{MANIFEST}: is damaged: not readable as JSON with the files' sums") from None
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
@@ -182,7 +182,7 @@ def facts(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: has no {FACTS}: it is no model that emoray trained") from None
+        raise CheckpointError(f"{folder}: has no {FACTS}: it is not a model that emoray trained") from None
     except ValueError as error:
         raise CheckpointError(f"{folder}/{FACTS}: is not valid JSON: {error}") from None
     return content

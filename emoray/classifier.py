@@ -60,7 +60,7 @@ class Classifier:
             threads: on a CPU; None takes the process's own.
 
         Raises:
-            CheckpointError: a file is damaged or missing, or it is no model that emoray trained.
+            CheckpointError: a file is damaged or missing, or it is not a model that emoray trained.
             ModelError: it can't be loaded, or the engine has no export of it.
         """
         return cls.from_folder(checkpoint.fetch(find_model(os.fspath(location))), device, engine, threads)
@@ -100,7 +100,7 @@ class Classifier:
         return self.forward(tokens), tokens
 
     def forward(self, tokens: Tokens) -> NDArray[np.float32]:
-        """Logits, float32 [texts, labels], before temperature."""
+        """Logits, float32 [texts, labels], before calibration."""
         return self.engine.forward(tokens)
 
     def encode(self, texts: Sequence[str]) -> Tokens:

@@ -97,7 +97,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The tree that a config file holds, unchecked.
 
     Raises:
-        ConfigError: it can't be read, or is no YAML with sections.
+        ConfigError: it can't be read, or is not YAML with sections.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

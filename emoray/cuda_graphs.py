@@ -2,7 +2,7 @@
 
 A BERT's step on short texts is some 1,500 kernels of a few microseconds each, which Python can't launch as fast as a
 GPU runs them. A graph records the launches of one shape and repeats them at a stroke (https://docs.pytorch.org/docs/
-stable/notes/cuda.html#cuda-graphs). Shapes are few, for packed rows are filled up to a multiple of 128 tokens, which is
+stable/notes/cuda.html#cuda-graphs). Shapes are few, for packed rows are padded to a multiple of 128 tokens, which is
 what a tile of a matrix product takes anyway.
 """
 
@@ -23,13 +23,13 @@ from emoray.world import World
 
 TOKENS = 128
 TEXTS = 16
-"""Micro-batches are filled up to multiples of these."""
+"""Micro-batches are padded to multiples of these."""
 _NO_TARGET = -100
 """`cross_entropy` leaves such rows out."""
 
 
 @dataclass(frozen=True)
-class FilledBatch:
+class FixedBatch:
     """A packed batch whose tensors stay where they are; see `packing.PackedBatch` for those of the same names.
 
     Texts without a token are laid before the real ones, and one of the tokens that are missing after them. No loss
@@ -43,12 +43,12 @@ class FilledBatch:
     longest: int
 
 
-class _Recorded(NamedTuple):
+class _Captured(NamedTuple):
     """A graph, and the tensors that it reads and writes."""
 
     replay: Callable[[], Any]
     numbers: Tensor
-    whole: Tensor
+    denominator: Tensor
     loss: Tensor
 
 
@@ -67,39 +67,39 @@ class GraphedPasses:
 
     def __init__(
         self,
-        loss: Callable[[FilledBatch, Tensor], Tensor],
+        loss: Callable[[FixedBatch, Tensor], Tensor],
         parameters: Sequence[nn.Parameter],
         longest: int,
         world: World,
         compression: str,
     ) -> None:
         self._loss, self._longest, self._world, self._compression = loss, max(longest, TOKENS), world, compression
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._captured: dict[tuple[int, int], _Captured] = {}
         self._pool: Any = None
         self._gradients = torch.zeros(sum(p.numel() for p in parameters), device=world.device)
         for parameter, gradient in zip(parameters, self._gradients.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
 
-    def run(self, batch: PackedBatch, targets: NDArray[np.int64], whole: float) -> Tensor:
-        """Add a micro-batch's gradients of (sum of losses / `whole`), with dropout by the generator as it is seeded.
+    def run(self, batch: PackedBatch, targets: NDArray[np.int64], denominator: float) -> Tensor:
+        """Add a micro-batch's gradients of (sum of losses / `denominator`), dropout as the generator is seeded.
 
         Args:
             batch: on the CPU.
 
         Returns:
-            The sum / `whole`, a scalar on the device that the next call writes over.
+            The sum / `denominator`, a scalar on the device that the next call writes over.
         """
         shape = _round_up(batch.n_tokens, TOKENS), _round_up(batch.n_texts, TEXTS)
         numbers = _numbers(batch, targets, *shape)
-        if shape not in self._recorded:
+        if shape not in self._captured:
             devices = [self._world.device] if self._world.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # masks must not depend on whether a shape is new
-                self._recorded[shape] = self._record(numbers, *shape)
-        recorded = self._recorded[shape]
-        recorded.numbers.copy_(send(numbers, self._world.device))
-        recorded.whole.fill_(whole)
-        recorded.replay()
-        return recorded.loss
+                self._captured[shape] = self._capture_shape(numbers, *shape)
+        captured = self._captured[shape]
+        captured.numbers.copy_(send(numbers, self._world.device))
+        captured.denominator.fill_(denominator)
+        captured.replay()
+        return captured.loss
 
     def sum_gradients(self) -> None:
         """Add the gradients up over all workers."""
@@ -116,26 +116,28 @@ class GraphedPasses:
         """Set all gradients to zero; never to None, for the graphs add to them where they lie."""
         self._gradients.zero_()
 
-    def _record(self, numbers: Tensor, n_tokens: int, n_texts: int) -> _Recorded:
+    def _capture_shape(self, numbers: Tensor, n_tokens: int, n_texts: int) -> _Captured:
         numbers = numbers.to(self._world.device, copy=True)
-        whole = torch.full((), torch.inf, device=self._world.device)  # so that the warm-up adds zeros to the gradients
+        denominator = torch.full(
+            (), torch.inf, device=self._world.device
+        )  # so that the warm-up adds zeros to the gradients
         sizes = (n_tokens, n_tokens, n_texts, n_texts, n_texts + 2)
 
         def passes() -> Tensor:
             ids, positions, first, targets, offsets = numbers.split(sizes)
-            batch = FilledBatch(ids[None], positions[None], first, offsets.int(), self._longest)
-            loss = self._loss(batch, targets) / whole
+            batch = FixedBatch(ids[None], positions[None], first, offsets.int(), self._longest)
+            loss = self._loss(batch, targets) / denominator
             loss.backward()
             return loss.detach()
 
         replay, loss = self._capture(passes)
-        return _Recorded(replay, numbers, whole, loss)
+        return _Captured(replay, numbers, denominator, loss)
 
     def _capture(self, passes: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         """What repeats the passes, and where it leaves their loss."""
         stream = torch.cuda.Stream(self._world.device)
         stream.wait_stream(torch.cuda.current_stream(self._world.device))
-        with torch.cuda.stream(stream):  # libraries set themselves up at their first use, which can't be recorded
+        with torch.cuda.stream(stream):  # libraries set themselves up at their first use, which can't be captured
             passes()
         torch.cuda.current_stream(self._world.device).wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()  # graphs run in turn, so they share their memory

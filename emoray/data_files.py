@@ -79,7 +79,7 @@ def _find(folder: Path, source: Source) -> dict[str, list[Path]]:
             else:
                 unnamed.append(path)
     named = {split: named[split] for split in SPLITS if named.get(split)}
-    # A licence or a read-me beside the data is no data.
+    # A licence or a read-me beside the data isn't data.
     unnamed = [p for p in unnamed if p.suffix.lower() != ".txt"] or ([] if named else unnamed)
     if named and unnamed:
         left_out = listing([path.name for path in unnamed], 5)

@@ -178,7 +178,7 @@ def _read_jsonl(text: str, rows: Rows, columns: Columns, problems: list[str]) ->
     if broken:
         problems.append(finding(rows, broken, "of broken JSON", f"{first}; each line must be one whole JSON object"))
     if others:
-        problems.append(finding(rows, others, "of JSON that is no object", 'write {"text": ..., "label": ...}'))
+        problems.append(finding(rows, others, "of JSON that is not an object", 'write {"text": ..., "label": ...}'))
     _drop_unless_columns(rows, columns, list(seen), problems)
 
 

@@ -94,13 +94,13 @@ def _sentence(dataset: str, error: Exception, offline: bool, hint: str) -> str:
     if offline or isinstance(error, ConnectionError) or "LocalEntryNotFoundError" in str(error):
         why = "offline mode is on" if hub.is_offline() else "the Hugging Face Hub is not in reach"
         return (
-            f"'{dataset}' is no path here{hint}, {why} and no copy of it is cached: "
+            f"'{dataset}' is not a path here{hint}, {why} and no copy of it is cached: "
             "set data.dataset to a local file or folder, or load it once where the Hub is in reach "
             "and point HF_HOME at that cache (with HF_HUB_OFFLINE=1)"
         )
     if type(error).__name__ == "DatasetNotFoundError":
         return (
-            f"'{dataset}' is no path here{hint} and no data set on the Hub that you may read: "
+            f"'{dataset}' is not a path here{hint} and no data set on the Hub that you may read: "
             "correct data.dataset, or log in for a private or gated one (hf auth login)"
         )
     return f"'{dataset}' can't be loaded from the Hub ({reason}): set data.dataset to a local copy of it"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     pass
 
 _MOST_CUT = 0.05
-"""Share of texts cut to max_length above which that is told."""
+"""Share of texts cut to max_length above which that is reported."""
 
 
 def config(case: Case) -> Iterator[Finding]:
@@ -56,7 +56,7 @@ def storage(case: Case) -> Iterator[Finding]:
 
 
 def the_hub(case: Case) -> Iterator[Finding]:
-    """The Hugging Face Hub, or a cached copy, where the config names something that is no local path."""
+    """The Hugging Face Hub, or a cached copy, where the config names something that isn't a local path."""
     from emoray import data_hub, hub
 
     if case.config is None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emoray.cuda_graphs import FilledBatch
+from emoray.cuda_graphs import FixedBatch
 from emoray.packed_attention import varlen_kernel_takes
 from emoray.packed_model import enable_packing, is_packable, packed_logits
 from emoray.packing import PackedBatch, pack, send
@@ -24,7 +24,7 @@ EVALUATION_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Texts one below the other, filled up to the longest.
+    """Texts one below the other, padded to the longest.
 
     Attributes:
         input_ids: int64 [texts, longest].
@@ -80,8 +80,8 @@ class Forward(nn.Module):
         return self.model.device
 
     @property
-    def can_be_recorded(self) -> bool:
-        """Whether its passes have the same shapes each time where texts are filled up, as a CUDA graph needs them."""
+    def can_be_captured(self) -> bool:
+        """Whether its passes have the same shapes each time where texts are padded, as a CUDA graph needs them."""
         config = self.model.config
         head_size = config.hidden_size // config.num_attention_heads if self.packed else 0
         return self.packed and self.bf16 and varlen_kernel_takes(torch.bfloat16, head_size, self.device)
@@ -95,7 +95,7 @@ class Forward(nn.Module):
         row = getattr(self.model.get_input_embeddings(), "padding_idx", None)
         return int(self.model.config.pad_token_id or 0) if row is None else int(row)
 
-    def forward(self, batch: PackedBatch | FilledBatch | PaddedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch | FixedBatch | PaddedBatch) -> Tensor:
         """Logits, float32 [texts, labels], in the order of the texts."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if isinstance(batch, PaddedBatch):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from emoray import checkpoint
-from emoray.cuda_graphs import FilledBatch, GraphedPasses
+from emoray.cuda_graphs import FixedBatch, GraphedPasses
 from emoray.dropout import seed_dropout
 from emoray.errors import ModelError
 from emoray.forward import Forward, PaddedBatch, score, uses_bf16
@@ -76,7 +76,7 @@ class Learner:
         self.learning_rate = learning_rates(config, self.total_steps)
         self._label_weights = _class_weights(task)  # read at each step, which must not wait for a GPU
         self._weights = None if self._label_weights is None else self._label_weights.to(world.device)
-        self._graphs = self._graphed() if self.forward.can_be_recorded else None
+        self._graphs = self._graphed() if self.forward.can_be_captured else None
         self._parallel = self.forward if self._graphs else _parallel(self.forward, world, config.gradient_compression)
 
     def _graphed(self) -> GraphedPasses:
@@ -108,27 +108,27 @@ class Learner:
         Returns:
             This worker's part of the batch's mean loss, a scalar on the device; the parts add up over workers.
         """
-        whole = self._weight(self.plan.samples(step))
+        denominator = self._weight(self.plan.samples(step))
         pieces = self.plan.micro_batches(step, self.world.rank, self.world.size)
-        loss = self._replayed(step, pieces, whole) if self._graphs else self._launched(step, pieces, whole)
+        loss = self._replayed(step, pieces, denominator) if self._graphs else self._launched(step, pieces, denominator)
         self._update(step)
         self.clock.lap("update")
         return loss
 
-    def _replayed(self, step: int, pieces: Sequence[NDArray[np.int64]], whole: float) -> Tensor:
+    def _replayed(self, step: int, pieces: Sequence[NDArray[np.int64]], denominator: float) -> Tensor:
         """Gradients of the micro-batches, by CUDA graphs."""
         assert self._graphs is not None
         loss = torch.zeros((), device=self.world.device)
         for rows in pieces:
             batch, targets = self._batch(step, rows)
             assert isinstance(batch, PackedBatch)
-            loss += self._graphs.run(batch, targets, whole)
+            loss += self._graphs.run(batch, targets, denominator)
             self.clock.lap("backward")  # the forward pass too
         self._graphs.sum_gradients()
         self.clock.lap("backward")
         return loss
 
-    def _launched(self, step: int, pieces: Sequence[NDArray[np.int64]], whole: float) -> Tensor:
+    def _launched(self, step: int, pieces: Sequence[NDArray[np.int64]], denominator: float) -> Tensor:
         """Gradients of the micro-batches, kernel by kernel."""
         loss = torch.zeros((), device=self.world.device)
         # Without a text of its own a worker must still take part in the sum of gradients, with zeros.
@@ -138,7 +138,7 @@ class Learner:
             with nullcontext() if place == len(pieces) - 1 else self._unsynchronised():
                 batch, targets = self._batch(step, rows)
                 batch, device = batch.to(self.world.device), self.world.device
-                part = self._loss(batch, send(torch.from_numpy(targets), device)) / whole
+                part = self._loss(batch, send(torch.from_numpy(targets), device)) / denominator
                 self.clock.lap("forward")
                 (part * factor).backward()
                 self.clock.lap("backward")  # with several workers, sums of gradients too
@@ -155,7 +155,7 @@ class Learner:
         self.clock.lap("batch")
         return batch, self.task.parts["train"].targets[rows]
 
-    def _loss(self, batch: PackedBatch | FilledBatch | PaddedBatch, targets: Tensor) -> Tensor:
+    def _loss(self, batch: PackedBatch | FixedBatch | PaddedBatch, targets: Tensor) -> Tensor:
         """Sum of the texts' weighted cross-entropies, in nats."""
         smoothing = self.task.config.training.label_smoothing
         logits = self._parallel(batch)

@@ -1,4 +1,4 @@
-"""`emoray monitor`: Prometheus on this machine's Ray clusters, with emoray's alerts, and where to look"""
+"""`emoray monitor`: Prometheus on this machine's Ray clusters, with emoray's alerts, and where to look."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Attention over a packed row of texts, which it keeps apart: one function, computed in the way that suits the device.
 
-- On a CPU, neighbours of similar length form a block, filled up to its longest text for attention's products only.
+- On a CPU, neighbours of similar length form a block, padded to its longest text for attention's products only.
 - On a GPU, torch's variable-length flash kernel runs on the row (half precision), else one masked padded block.
 """
 
@@ -88,7 +88,7 @@ class _BlockAttention(torch.autograd.Function):
         probs, dropped = saved[: len(layout.shapes)], saved[len(layout.shapes) :]
         dout = grad.reshape(-1, ctx.shape[2]).index_select(0, layout.first if first else layout.forth)
         if not first:
-            dout.index_fill_(0, layout.filled, 0)  # what repeats a token must not count twice
+            dout.index_fill_(0, layout.padding, 0)  # what repeats a token must not count twice
         dqueries, dkeys, dvalues = (torch.empty_like(rows) for rows in (queries, keys, values))
         of_queries = (_split(rows, layout, heads, first) for rows in (dout, queries, dqueries))
         of_keys = (_split(rows, layout, heads) for rows in (keys, values, dkeys, dvalues))

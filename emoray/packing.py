@@ -25,11 +25,11 @@ class Layout:
 
     Attributes:
         shapes: (texts, longest text) of each block.
-        masks: per block None, or float32 [texts, 1, 1, longest]: -inf where a text is filled up.
+        masks: per block None, or float32 [texts, 1, 1, longest]: -inf where a text is padded.
         forth: int64, the row behind each row of the blocks seen as [texts * heads, longest]; one gather of whole rows
             is far cheaper than a strided copy per block.
         back: int64 [T * heads], the way back.
-        filled: int64, the rows of the blocks that stand for no token (they repeat a text's last one).
+        padding: int64, the rows of the blocks that stand for no token (they repeat a text's last one).
         first: int64 [n_texts * heads], the rows of first tokens.
     """
 
@@ -37,7 +37,7 @@ class Layout:
     masks: tuple[Tensor | None, ...]
     forth: Tensor
     back: Tensor
-    filled: Tensor
+    padding: Tensor
     first: Tensor
 
 
@@ -134,7 +134,7 @@ def pack(texts: Sequence[NDArray[np.integer[Any]]]) -> PackedBatch:
 def _lay_out(lengths: tuple[int, ...], heads: int) -> Layout:
     sizes = np.array(lengths)
     starts = np.cumsum(sizes) - sizes
-    shapes, masks, forth, filled = [], [], [], []
+    shapes, masks, forth, padding = [], [], [], []
     for begin, end in _similar(lengths):
         size, start = sizes[begin:end, None], starts[begin:end, None]
         places = np.arange(lengths[end - 1])
@@ -143,12 +143,12 @@ def _lay_out(lengths: tuple[int, ...], heads: int) -> Layout:
         shapes.append((end - begin, lengths[end - 1]))
         masks.append(None if real.all() else torch.where(torch.from_numpy(real), 0.0, -torch.inf)[:, None, None])
         forth.append(rows.reshape(-1))
-        filled.append(~np.broadcast_to(real[:, None], rows.shape).reshape(-1))
-    row, is_filled = np.concatenate(forth), np.concatenate(filled)
+        padding.append(~np.broadcast_to(real[:, None], rows.shape).reshape(-1))
+    row, is_padding = np.concatenate(forth), np.concatenate(padding)
     back = np.empty(sizes.sum() * heads, dtype=np.int64)
-    back[row[~is_filled]] = np.flatnonzero(~is_filled)
+    back[row[~is_padding]] = np.flatnonzero(~is_padding)
     first = (starts[:, None] * heads + np.arange(heads)).reshape(-1)
-    arrays = (row, back, np.flatnonzero(is_filled), first)
+    arrays = (row, back, np.flatnonzero(is_padding), first)
     return Layout(tuple(shapes), tuple(masks), *(torch.from_numpy(array) for array in arrays))
 
 

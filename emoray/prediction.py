@@ -1,4 +1,4 @@
-"""What the model says of one text: apart from the classifier, so that who only hands it on loads no torch."""
+"""What the model says of one text: apart from the classifier, so that who only passes it on needn't load torch."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def read_json(run: Storage, name: str, remedy: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(run.read(name))
     except ValueError as error:
-        raise RunError(f"{run.location}/{name}: is damaged, no valid JSON ({error}): {remedy}") from None
+        raise RunError(f"{run.location}/{name}: is damaged, not valid JSON ({error}): {remedy}") from None
     return content
 
 

@@ -134,7 +134,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _misplaced(path: str, value: Any, known: Sequence[str]) -> str:
-    """What is wrong with a leaf that is no `key.kind`."""
+    """What is wrong with a leaf that is not `key.kind`."""
     key, _, kind = path.rpartition(".")
     if path in known:
         return (

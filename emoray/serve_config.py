@@ -42,7 +42,7 @@ class ReplicasConfig(Section):
     max: PositiveInt = 4
     """Replicas at the most."""
     target_queued_tokens: PositiveInt | Literal["auto"] = "auto"
-    """A replica more for every so many tokens that wait; `auto` is two batches."""
+    """One more replica for every this many waiting tokens that wait; `auto` is two batches."""
     num_cpus: Annotated[float, Number, Field(gt=0)] | Literal["auto"] = "auto"
     """CPUs, and threads, of a replica; `auto` is an even share of the machine, and two where it has them."""
     num_gpus: Annotated[float, Number, Field(ge=0)] | Literal["auto"] = "auto"

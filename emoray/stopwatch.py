@@ -1,4 +1,4 @@
-"""Where a run's time goes, part by part: laps that leave no second out"""
+"""Where a run's time goes, part by part: laps that leave no second out."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ class Storage:
             if place.exists() or place.is_symlink():
                 break
         if not place.is_dir():
-            raise StorageError(f"{self.location}: can't be written: {place} is no folder; choose another place")
+            raise StorageError(f"{self.location}: can't be written: {place} is not a folder; choose another place")
         if not os.access(place, os.W_OK | os.X_OK):
             raise StorageError(f"{self.location}: can't be written: you may not write in {place}; choose another place")
 

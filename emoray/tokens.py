@@ -221,8 +221,8 @@ def split_padded(rows: NDArray[np.int64], lengths: NDArray[np.int64], most: int)
     return fitting
 
 
-def filling(lengths: Sequence[int], most: int) -> int:
-    """Tokens that are filled up where texts of these lengths are computed as `split_padded` cuts them."""
+def padding_tokens(lengths: Sequence[int], most: int) -> int:
+    """Tokens of padding where texts of these lengths are computed as `split_padded` cuts them."""
     sizes = np.sort(np.asarray(lengths, np.int64))[::-1]
     parts = split_padded(np.arange(len(sizes)), sizes, most)
     return int(sum(sizes[part].max() * len(part) - sizes[part].sum() for part in parts))

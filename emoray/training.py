@@ -45,7 +45,7 @@ class Control(Protocol):
         """Asked after each step, on every worker; must not block."""
 
     def tell(self, event: dict[str, Any]) -> None:
-        """What happened; must not block. `kind` is start, row, evaluation, checkpoint or note."""
+        """What happened; must not block. Events are described in `on_ray/channel.py`."""
 
 
 class Alone:
@@ -134,7 +134,7 @@ def find_start(run: Storage, world: World, control: Control, metric: str) -> Pat
     folder, damaged = _last_good(run, metric) if world.writes else (None, [])
     for sentence in damaged:
         control.tell({"kind": "note", "text": f"Not used: {sentence}"})
-    step = world.agree(None if folder is None else Progress.read(folder).step)
+    step = world.broadcast(None if folder is None else Progress.read(folder).step)
     if step is None or world.writes:
         return folder
     name = checkpoint.name_of(step)
@@ -222,7 +222,7 @@ class _Loop:
     def _settle(self) -> None:
         """Wait, on all workers, until worker 0 has written all: others may read it next, or end its process."""
         self.saver.wait()
-        self.world.most(0)
+        self.world.barrier()
 
     def close(self) -> None:
         """Let go of the threads and files; whatever was being written is finished first."""
@@ -247,12 +247,12 @@ class _Loop:
                 wish = Wish.YIELD
             except StorageError:
                 pass  # a storage that is away for a moment: whoever writes asks again
-        return Wish(self.world.most(int(wish)))
+        return Wish(self.world.max(int(wish)))
 
     def _log(self) -> None:
         """Read the losses back, add them up over workers, write a line for each step."""
         parts = np.array([float(loss) for loss in self.losses])
-        losses = self.world.total(parts)
+        losses = self.world.sum(parts)
         end, plan = self.progress.step, self.learner.plan
         steps = range(end - len(losses), end)
         self.losses = []
@@ -303,13 +303,13 @@ class _Loop:
                 "step": self.progress.step,
                 **{column: figures[name] for column, name in metrics.EVALUATED.items()},
             }
-        entry = self.world.agree(entry)
+        entry = self.world.broadcast(entry)
         assert entry is not None
         self.progress.evaluations.append(entry)
         if self.world.writes:
             self.control.tell({"kind": "evaluation", "entry": entry})
         self.clock.lap("evaluation")
-        self.logged_at = time.monotonic()  # evaluation is no training time
+        self.logged_at = time.monotonic()  # evaluation isn't training time
 
     def _save(self) -> None:
         """Have a checkpoint of this step written in the background."""

@@ -36,7 +36,7 @@ class World:
         """Whether this worker is the one that writes the run's files."""
         return self.rank == 0
 
-    def most(self, value: int) -> int:
+    def max(self, value: int) -> int:
         """The largest of all workers' values."""
         if self.size == 1:
             return value
@@ -44,7 +44,7 @@ class World:
         dist.all_reduce(word, dist.ReduceOp.MAX, group=self._group)
         return int(word)
 
-    def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over workers, element by element."""
         if self.size == 1:
             return values
@@ -60,7 +60,11 @@ class World:
         dist.gather_object(value, values if self.writes else None, dst=0, group=self._group)
         return values if self.writes else []
 
-    def agree(self, value: T) -> T:
+    def barrier(self) -> None:
+        """Return when all workers have called it."""
+        self.max(0)
+
+    def broadcast(self, value: T) -> T:
         """Worker 0's value, on every worker."""
         if self.size == 1:
             return value

@@ -217,7 +217,12 @@ def no_such_data(place: Place) -> Command:
     return place.train(f"data.dataset={place.copy('data')}/../dta")
 
 
-@bad("'owner/data' is no path here", "no copy of it is cached", "set data.dataset to a local file or folder", "HF_HOME")
+@bad(
+    "'owner/data' is not a path here",
+    "no copy of it is cached",
+    "set data.dataset to a local file or folder",
+    "HF_HOME",
+)
 def data_on_a_hub_out_of_reach(place: Place) -> Command:
     return place.train("data.dataset=owner/data")
 
@@ -485,7 +490,7 @@ def model_without_a_file(place: Place) -> Command:
     return ["evaluate", str(place.folder / "run")]
 
 
-@bad("emoray.json", "it is no model that emoray trained")
+@bad("emoray.json", "it is not a model that emoray trained")
 def summed_up_folder_without_facts(place: Place) -> Command:
     from emoray import checkpoint
 
@@ -550,13 +555,13 @@ def run_with_torn_results(place: Place) -> Command:
     return place.train("run.name=run", f"run.storage_path={place.folder}")
 
 
-@bad("a-file/bad: can't be written", "a-file is no folder; choose another place")
+@bad("a-file/bad: can't be written", "a-file is not a folder; choose another place")
 def storage_below_a_file(place: Place) -> Command:
     (place.folder / "a-file").write_text("in the way")
     return place.train(f"run.storage_path={place.folder / 'a-file'}")
 
 
-@bad("runs/bad is no folder; choose another place")
+@bad("runs/bad is not a folder; choose another place")
 def file_where_the_run_goes(place: Place) -> Command:
     (place.folder / "runs").mkdir()
     (place.folder / "runs" / "bad").write_text("in the way")

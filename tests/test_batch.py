@@ -145,7 +145,7 @@ def test_faulty_rows_are_rows_all_the_same(tmp_path: Path) -> None:
     rows = [row for piece in found.pieces for row in rows_of(piece)]
     assert [row.fault is None for row in rows] == [True, False, False, False, True]
     assert "broken JSON in line 2" in str(rows[1].fault)
-    assert rows[2].fault == "line 3 holds JSON that is no object"
+    assert rows[2].fault == "line 3 holds JSON that is not an object"
     assert rows[3].fault == "not in UTF-8: byte 11 of line 4 is 0xff" and rows[3].values["id"] == 2
 
     path = tmp_path / "rows.csv"
@@ -164,7 +164,7 @@ def test_faulty_rows_are_rows_all_the_same(tmp_path: Path) -> None:
         ("a", None),
         (None, "there is no text"),
         (" \n", "the text is empty"),
-        (3.5, "the text is no string, but '3.5' (float)"),
+        (3.5, "the text is not a string, but '3.5' (float)"),
         (b"\xff", "the text is not in UTF-8"),
         ("a\ud800", "the text holds half a character (a lone surrogate, at 1)"),
     ],

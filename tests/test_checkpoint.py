@@ -119,7 +119,7 @@ def test_a_damaged_manifest(run: Storage, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"manifest\.json: is damaged"):
             fetch(run, name_of(20))
     manifest.unlink()
-    with pytest.raises(CheckpointError, match=r"has no manifest.json, so it is no checkpoint or was not finished"):
+    with pytest.raises(CheckpointError, match=r"has no manifest.json, so it is not a checkpoint, or was not finished"):
         fetch(run, name_of(20))
 
 
@@ -195,7 +195,7 @@ def test_an_upload_that_broke_off_is_no_checkpoint(tmp_path: Path, monkeypatch: 
 
 
 def test_facts(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no emoray.json: it is no model that emoray trained"):
+    with pytest.raises(CheckpointError, match=r"has no emoray.json: it is not a model that emoray trained"):
         checkpoint.facts(tmp_path)
     (tmp_path / "emoray.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"emoray.json: is not valid JSON"):

@@ -240,7 +240,7 @@ LINE = '{"text": "x", "label": "joy"}\n'
         ('{"text": "x", "label": 1}', ["the label 1 (line 5)", "the labels are anger, joy"]),
         ('{"text": "x", "label": "joy"', ["1 line of broken JSON (line 5)", "delimiter"]),
         ("[" * 100_000, ["1 line of broken JSON (line 5)"]),
-        ('"text"', ["1 line of JSON that is no object (line 5)"]),
+        ('"text"', ["1 line of JSON that is not an object (line 5)"]),
         ('{"text": "x \\ud83d", "label": "joy"}', ["lone surrogate", "(line 5)"]),
     ],
 )
@@ -513,7 +513,7 @@ def test_a_hub_out_of_reach_is_one_sentence_and_fast(tmp_path: Path) -> None:
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=tmp_path, capture_output=True, text=True)
     sentence, seconds = done.stdout.splitlines()
-    assert sentence.startswith("1 'owner/name' is no path here, the Hugging Face Hub is not in reach")
+    assert sentence.startswith("1 'owner/name' is not a path here, the Hugging Face Hub is not in reach")
     assert "set data.dataset to a local file or folder" in sentence
     assert "HF_HOME" in sentence
     assert float(seconds) < 10

@@ -264,7 +264,7 @@ def test_port_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_storage_that_cannot_be_written(look: Look, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     finding = look("storage", f"run.storage_path={tmp_path / 'file' / 'runs'}")
-    is_found(finding, "problem", "is no folder", remedy="run.storage_path")
+    is_found(finding, "problem", "is not a folder", remedy="run.storage_path")
     finding = look("storage", "run.storage_path=nonsense://bucket")
     is_found(finding, "problem", "nonsense://bucket", remedy="run.storage_path")
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tiny import LABELS, sentences
 
 from emoray.errors import ModelError
-from emoray.tokens import _set, (
+from emoray.tokens import (
     BatchPlan,
-    filling,
+    _set,
+    padding_tokens,
     split_packed,
     split_padded,
     tokenize,
@@ -254,7 +255,7 @@ def test_a_tokenizer_that_is_set_up_is_left_alone(tokenizer: Any) -> None:
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 500))
-def test_filling_is_what_split_padded_fills(lengths: list[int], most: int) -> None:
+def test_padding_tokens_are_those_of_split_padded(lengths: list[int], most: int) -> None:
     sizes = np.sort(np.array(lengths))[::-1]
     parts = split_padded(np.arange(len(sizes)), sizes, most)
-    assert filling(lengths, most) == sum(int(sizes[part][0]) * len(part) for part in parts) - sum(lengths)
+    assert padding_tokens(lengths, most) == sum(int(sizes[part][0]) * len(part) for part in parts) - sum(lengths)

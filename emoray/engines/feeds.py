@@ -52,7 +52,7 @@ def is_packed(names: Iterable[str]) -> bool:
 
 
 def padded_feeds(texts: Sequence[Ids], pad_id: int) -> Feeds:
-    """input_ids and attention_mask, int64 [B, L], filled up with `pad_id`."""
+    """input_ids and attention_mask, int64 [B, L], padded with `pad_id`."""
     lengths = np.array([len(text) for text in texts])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, np.int64)

@@ -35,7 +35,7 @@ def quantize(plain: Path, file: Path, sample: Tokens, pad_id: int) -> None:
 
     Args:
         sample: texts of the kind that the model will see; a few hundred are enough.
-        pad_id: the token that fills padded batches.
+        pad_id: the token that pads batches.
     """
     model = onnx.load(str(plain))
     packed = is_packed(given.name for given in model.graph.input)

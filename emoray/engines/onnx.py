@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from emoray.engines import Name, own_threads
 from emoray.engines.feeds import feed, is_packed
 from emoray.errors import MissingExtraError, ModelError
-from emoray.tokens import Tokens, filling, split_packed, split_padded
+from emoray.tokens import Tokens, padding_tokens, split_packed, split_padded
 
 _SLOWER = ["SkipLayerNormFusion"]
 """Rewritings of the graph that ONNX Runtime 1.32 loses by: its fused norm takes six times as long as its parts."""
@@ -34,7 +34,7 @@ class OnnxEngine:
     Args:
         file: the graph.
         labels: number of them.
-        pad_id: the token that fills padded batches.
+        pad_id: the token that pads batches.
         threads: None takes the process's own.
 
     Raises:
@@ -68,7 +68,7 @@ class OnnxEngine:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="emoray-onnx") if count > 1 else None
 
     def padding(self, lengths: Sequence[int]) -> int:
-        return 0 if self._packed else filling(lengths, TOKENS_A_RUN)
+        return 0 if self._packed else padding_tokens(lengths, TOKENS_A_RUN)
 
     def forward(self, tokens: Tokens) -> NDArray[np.float32]:
         lengths = tokens.lengths

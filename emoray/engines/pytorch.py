@@ -15,7 +15,7 @@ from emoray.engines import Name
 from emoray.errors import ModelError
 from emoray.forward import EVALUATION_TOKENS, Forward, score, uses_bf16
 from emoray.model import quiet
-from emoray.tokens import Tokens, filling
+from emoray.tokens import Tokens, padding_tokens
 
 TEXTS_A_BATCH = {"cpu": 256, "cuda": 8192}
 
@@ -60,4 +60,4 @@ class TorchEngine:
         return score(self._forward, tokens, np.arange(len(tokens)), self._most_texts)
 
     def padding(self, lengths: Sequence[int]) -> int:
-        return 0 if self._forward.packed else filling(lengths, EVALUATION_TOKENS[self._forward.device.type])
+        return 0 if self._forward.packed else padding_tokens(lengths, EVALUATION_TOKENS[self._forward.device.type])

@@ -118,7 +118,7 @@ class Batcher(Generic[P, R]):
         max_tokens: tokens of a batch at the most; one text always fits.
         max_requests: requests that may wait or run at once.
         max_wait_s: a request whose first text would wait longer for its turn is refused.
-        padding: tokens that the engine fills up beside texts of these lengths; for the metrics.
+        padding: tokens of padding that the engine computes beside texts of these lengths; for the metrics.
         metrics: told of every batch, wait and failure.
     """
 

@@ -252,7 +252,7 @@ def _occlusion(model: Model, texts: Sequence[str], most: int) -> Occlusion:
     words = sum(len(found) for found in occlusion.spans)
     if words > most:
         raise RequestError(
-            "too_large", f"explaining costs a text more for each word: {words} words, and {most} is the limit"
+            "too_large", f"explaining costs one more text for each word: {words} words, and {most} is the limit"
         )
     return occlusion
 

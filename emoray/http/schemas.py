@@ -18,7 +18,7 @@ Text = Annotated[str, Field(pattern=r"\S", description="Not empty, nor blank.", 
 
 
 _INK = re.compile(r"[^\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
-"""What is no Unicode White_Space: the `\\S` of pydantic's patterns. Python's own differs by four characters."""
+"""What is not Unicode White_Space: the `\\S` of pydantic's patterns. Python's own differs by four characters."""
 
 
 def is_blank(text: str) -> bool:
@@ -60,7 +60,7 @@ OneOrMore = Annotated[
 
 
 class Strict(BaseModel):
-    """No coercion: the number 1 is no string and no truth."""
+    """No coercion: the number 1 is neither a string nor a boolean."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -78,7 +78,9 @@ class ClassifyRequest(Own):
     truncate: Annotated[bool, Field(description="Cut texts that are too long; else they are refused.")] = True
     explain: Annotated[
         bool,
-        Field(description="Say which words pulled each prediction; each word counts as a text more against the limit."),
+        Field(
+            description="Say which words pulled each prediction; each word counts as one more text against the limit."
+        ),
     ] = False
 
 

@@ -23,7 +23,7 @@ class Scored:
         model: `name@fingerprint` of the model that computed it; it may change between two requests.
         labels: names in the order of their ids.
         predictions: one a text, in the texts' order.
-        logits: float32 [texts, labels], before temperature.
+        logits: float32 [texts, labels], before calibration.
         explanations: one a text where they were asked for, else none.
     """
 

@@ -1,5 +1,16 @@
 """A small actor between the driver and the workers: events one way, the wish to stop the other.
 
+An event is a dict; its `kind` says what else is in it:
+
+    start       workers, step, total_steps, evaluations, optimizer    training: workers have begun, or begun again
+    row         row, steps, parts, total_steps                        training: a line of the history, and its time
+    evaluation  entry                                                 training: a line of the results table
+    checkpoint  step, seconds                                         training: one was written
+    note        text                                                  anyone: a sentence for whoever watches
+    stopped     text                                                  worker: why it stopped before the end of the run
+    results     results                                               worker: the content of results.json
+    failure     who, reason, retry, spent, attempt, final             failures: workers have failed, and what follows
+
 Its process, and Ray Train's controller, load this module before training starts: it must not bring torch along.
 """
 

@@ -29,7 +29,7 @@ HEAD_S = 10
 BUFFER = 256 << 10
 """Bytes of a request that can be sent again: a larger one is not kept."""
 _TEXTS = {
-    400: RequestError("malformed", "this is no HTTP request"),
+    400: RequestError("malformed", "this is not an HTTP request"),
     408: RequestError("slow_body", "the request did not arrive in time"),
     429: replicas_full(),
     500: RequestError("internal", "a fault of the proxy: try again"),

@@ -1,4 +1,4 @@
-"""`emoray submit`: a command of emoray's as a job on a running cluster, followed to its end"""
+"""`emoray submit`: a command of emoray's as a job on a running cluster, followed to its end."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def connect(address: str | None) -> Any:
         return JobSubmissionClient(where)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
-            f"{where}: no job server takes us there: {first_line(error)}. Give the dashboard's address with --address "
+            f"{where}: no job server answers: {first_line(error)}. Give the dashboard's address with --address "
             f"(through a tunnel: kubectl port-forward, ray dashboard). {_TOKEN}"
         ) from None
 

@@ -1,4 +1,4 @@
-"""`emoray predict` on Ray Data: pieces of the input go to a pool of actors, which score them and write them as parts"""
+"""`emoray predict` on Ray Data: pieces of the input go to a pool of actors, which score and write them."""
 
 from __future__ import annotations
 

@@ -73,14 +73,15 @@ class _Controller(TrainController):
 class Trainer(TorchTrainer):
     """A TorchTrainer whose controller can be ended from outside, and whose failure policy is given."""
 
-    controller: Any = None
-    policy: Failures | None = None
+    def __init__(self, *args: Any, policy: Failures, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.controller: Any = None
+        self._policy = policy
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         environment = get_env_vars_to_propagate()
         environment.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
-        if self.policy is not None:
-            kwargs["failure_policy"] = self.policy
+        kwargs["failure_policy"] = self._policy
         if isinstance(kwargs["scaling_policy"], ElasticScalingPolicy):
             kwargs["scaling_policy"] = FreeResources(self.scaling_config)
         options = {"num_cpus": 0, "runtime_env": {"env_vars": environment}, "label_selector": on_this_node()}

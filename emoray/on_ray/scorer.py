@@ -118,7 +118,7 @@ class Scorer:
         try:
             self._output.keep(number, content, note, self._attempt)
         except StorageError:
-            self._attempt.check()  # a newer command sweeps away what is half written: that is no fault of the disk
+            self._attempt.check()  # a newer command sweeps away what is half written: that is not the disk's fault
             raise
 
 

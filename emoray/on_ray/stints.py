@@ -1,4 +1,4 @@
-"""What Ray Tune trains next in a sweep, and what is learnt from it: a stint of a trial, on shared data and weights"""
+"""What Ray Tune trains next in a sweep, and what is learnt from it: a stint of a trial, on shared data and weights."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class _Fit:
             "channel": self.channel,
             "cpus": placement.cpus,
         }
-        self.trainer = _trainer(job, config, placement, scratch, self.channel)
+        self.trainer = _trainer(job, config, placement, scratch)
         self.error: BaseException | None = None
         self.answered_at = time.monotonic()
         self.signals: list[int] = []
@@ -210,9 +210,7 @@ class _Fit:
         return ": ".join(describe(self.error, {})) if self.error is not None else "Ray Train ended without a result"
 
 
-def _trainer(
-    job: dict[str, Any], config: TrainConfig, placement: Placement, scratch: str, channel: Any
-) -> ray_train.Trainer:
+def _trainer(job: dict[str, Any], config: TrainConfig, placement: Placement, scratch: str) -> ray_train.Trainer:
     """Ray Train, ready to run `run_worker(job)` on each worker.
 
     Args:
@@ -220,8 +218,10 @@ def _trainer(
     """
     failures = FailureConfig(max_failures=config.workers.max_failures)
     room_wait_s = max(_ROOM_WAIT_S, config.workers.wait_for_nodes_s)
-    trainer = ray_train.Trainer(
+    channel = job["channel"]
+    return ray_train.Trainer(
         run_worker,
+        policy=Failures(failures, channel, room_wait_s),
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
         scaling_config=_scaling(placement),
@@ -237,8 +237,6 @@ def _trainer(
             ],
         ),
     )
-    trainer.policy = Failures(failures, channel, room_wait_s)
-    return trainer
 
 
 def _scaling(placement: Placement) -> ScalingConfig:

@@ -61,7 +61,7 @@ def run_worker(job: dict[str, Any]) -> None:
 def _next_attempt(attempt: Attempt, world: World) -> Attempt:
     """An attempt of these workers' own: workers before them may live on, cut off by a broken network."""
     attempt.must_be_seen("set run.storage_path to a place that every node can write")
-    number = world.agree(attempt.again().number if world.writes else 0)
+    number = world.broadcast(attempt.again().number if world.writes else 0)
     return Attempt(attempt.run, number)
 
 

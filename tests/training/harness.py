@@ -333,7 +333,7 @@ def compute_as_on_gpu() -> None:
             return lambda: loss.copy_(passes()), loss
 
     module.GraphedPasses = Repeated  # type: ignore[misc]
-    Forward.can_be_recorded = property(lambda self: self.packed)  # type: ignore[assignment]
+    Forward.can_be_captured = property(lambda self: self.packed)  # type: ignore[assignment]
 
 
 class _Spy:

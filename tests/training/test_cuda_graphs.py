@@ -1,4 +1,4 @@
-"""A GPU's way through a step: its graphs called where none can be recorded and, on a GPU, the graphs themselves."""
+"""A GPU's way through a step: its graphs called where none can be captured and, on a GPU, the graphs themselves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trained(config: TrainConfig, size: int = 1, as_on_gpu: bool = False) -> tupl
 
 @pytest.mark.parametrize(("size", "overrides"), [(1, UNEVEN), (4, ())], ids=["weighted and smoothed", "four workers"])
 def test_same_weights(size: int, overrides: tuple[str, ...], configure: Configure) -> None:
-    """What micro-batches are filled up with adds nothing; nor does it matter to how many workers they are dealt."""
+    """What micro-batches are padded with adds nothing; nor does it matter to how many workers they are dealt."""
     expected, losses = trained(configure(*FEW, *overrides))
     weights, found = trained(configure(*FEW, *overrides), size, as_on_gpu=True)
     assert max(off for name, off in differences(weights, expected).items() if not name.endswith(MEANINGLESS)) < 1e-5
