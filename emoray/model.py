@@ -50,7 +50,7 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: where there is none, or the Hub is out of reach.
     """
-    with _told(pretrained, "tokenizer"):
+    with _errors(pretrained, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             pretrained, use_fast=True, local_files_only=_local_only(pretrained)
         )
@@ -65,7 +65,7 @@ def load_config(config: ModelConfig, labels: Sequence[str]) -> PretrainedConfig:
     Raises:
         ModelError: where there is none, it is no encoder of texts, or `max_length` is more than it has positions.
     """
-    with _told(config.pretrained, "config"):
+    with _errors(config.pretrained, "config"):
         hf_config: PretrainedConfig = AutoConfig.from_pretrained(
             config.pretrained, local_files_only=_local_only(config.pretrained)
         )
@@ -99,7 +99,7 @@ def load(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrainedMod
         ModelError: where the encoder can't be loaded as a sequence classifier, or has not all of its weights.
     """
     hf_config = load_config(config, labels)
-    with _told(config.pretrained, "weights"), torch.random.fork_rng(devices=[]), quiet():
+    with _errors(config.pretrained, "weights"), torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         if config.from_scratch:
             model = AutoModelForSequenceClassification.from_config(hf_config, dtype=torch.float32)
@@ -199,7 +199,7 @@ def learning_rates(config: TrainingConfig, total_steps: int) -> Callable[[int], 
 
 
 @contextlib.contextmanager
-def _told(pretrained: str, what: str) -> Iterator[None]:
+def _errors(pretrained: str, what: str) -> Iterator[None]:
     """Failures of loading, told as one sentence with the remedy."""
     try:
         yield

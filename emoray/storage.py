@@ -64,7 +64,7 @@ class Storage:
         return f"{self._root}/{name}" if name else self._root
 
     @contextmanager
-    def _told(self, name: str, doing: str) -> Iterator[None]:
+    def _errors(self, name: str, doing: str) -> Iterator[None]:
         """Failures of the filesystem, told as one sentence with the place."""
         place = f"{self.location}/{name}".rstrip("/")
         try:
@@ -77,20 +77,20 @@ class Storage:
     def exists(self, name: str = "") -> bool:
         from pyarrow import fs
 
-        with self._told(name, "looked up"):
+        with self._errors(name, "looked up"):
             return bool(self._fs.get_file_info(self._path(name)).type != fs.FileType.NotFound)
 
     def is_file(self, name: str = "") -> bool:
         from pyarrow import fs
 
-        with self._told(name, "looked up"):
+        with self._errors(name, "looked up"):
             return bool(self._fs.get_file_info(self._path(name)).type == fs.FileType.File)
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; empty where there is no such folder."""
         from pyarrow import fs
 
-        with self._told(folder, "listed"):
+        with self._errors(folder, "listed"):
             infos = self._fs.get_file_info(fs.FileSelector(self._path(folder), allow_not_found=True))
             return sorted(info.base_name for info in infos)
 
@@ -99,12 +99,15 @@ class Storage:
         from pyarrow import fs
 
         base = self._path(folder)
-        with self._told(folder, "listed"):
+        with self._errors(folder, "listed"):
             infos = self._fs.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
         return {info.path[len(base) :].lstrip("/"): info.size for info in infos if info.type == fs.FileType.File}
 
     def read(self, name: str) -> bytes:
-        with self._told(name, "read"), self._fs.open_input_stream(self._path(name), compression=None) as stream:
+        with (
+            self._errors(name, "read"),
+            self._fs.open_input_stream(self._path(name), compression=None) as stream,
+        ):
             return bytes(stream.read())
 
     def read_text(self, name: str) -> str:
@@ -113,17 +116,20 @@ class Storage:
     @contextmanager
     def opened(self, name: str = "") -> Iterator[Any]:
         """A file to read from any place in it; what is read may fail as the other operations do."""
-        with self._told(name, "read"), self._fs.open_input_file(self._path(name)) as stream:
+        with self._errors(name, "read"), self._fs.open_input_file(self._path(name)) as stream:
             yield stream
 
     @contextmanager
     def growing(self, name: str) -> Iterator[Any]:
         """A stream into a file of any size, which appears whole at the end, or not at all where an error comes."""
         if self.local_path is None:
-            with self._told(name, "written"):
+            with self._errors(name, "written"):
                 self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
             try:
-                with self._told(name, "written"), self._fs.open_output_stream(self._path(name), None) as stream:
+                with (
+                    self._errors(name, "written"),
+                    self._fs.open_output_stream(self._path(name), None) as stream,
+                ):
                     yield stream
             except BaseException:
                 with suppress(StorageError):
@@ -133,7 +139,7 @@ class Storage:
         path = self.local_path / name
         temporary = path.parent / f"{_WRITING}{path.name[:100]}-{uuid.uuid4().hex}"
         try:
-            with self._told(name, "written"):
+            with self._errors(name, "written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with temporary.open("xb") as stream:
                     yield stream
@@ -155,7 +161,7 @@ class Storage:
         """
         data = content.encode("utf-8") if isinstance(content, str) else content
         if exclusive and self.local_path is not None:
-            with self._told(name, "written"):
+            with self._errors(name, "written"):
                 written = _write_new(self.local_path / name, data)
             if not written:  # an answer, not a failure of the filesystem
                 raise FileExistsError(name)
@@ -188,7 +194,7 @@ class Storage:
         """Remove a folder or file with all it holds; nothing happens where there is none."""
         from pyarrow import fs
 
-        with self._told(folder, "deleted"):
+        with self._errors(folder, "deleted"):
             kind = self._fs.get_file_info(self._path(folder)).type
             if kind == fs.FileType.Directory:
                 self._fs.delete_dir(self._path(folder))
@@ -198,7 +204,7 @@ class Storage:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """An empty local folder to fill before `publish`; on the same filesystem where that is local."""
-        with self._told("", "written"):
+        with self._errors("", "written"):
             parent = Path(tempfile.gettempdir()) if self.local_path is None else self.local_path
             stage = parent / f"{_STAGING}{uuid.uuid4().hex}"  # not mkdtemp, whose folders only their owner can read
             stage.mkdir(parents=True)
@@ -221,7 +227,7 @@ class Storage:
     def sync(self, stage: Path) -> None:
         """Have all of a staged folder on disk, so that a power cut can't tear it. Object stores need no such thing."""
         if self.local_path is not None:
-            with self._told("", "written"):
+            with self._errors("", "written"):
                 for path in (*stage.rglob("*"), stage):
                     _sync(path)
 
@@ -236,7 +242,7 @@ class Storage:
 
         On object stores the files go up one by one, `last` at the end, so its presence means completeness.
         """
-        with self._told(name, "written"):
+        with self._errors(name, "written"):
             if self.local_path is not None:
                 target = self.local_path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +264,10 @@ class Storage:
     def download(self, target: Path) -> None:
         """Copy the whole folder to a local one."""
         for name in self.files():
-            with self._told(name, "read"), self._fs.open_input_stream(self._path(name), compression=None) as stream:
+            with (
+                self._errors(name, "read"),
+                self._fs.open_input_stream(self._path(name), compression=None) as stream,
+            ):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 with (target / name).open("wb") as writer:
                     shutil.copyfileobj(stream, writer, 1 << 20)

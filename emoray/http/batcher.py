@@ -3,9 +3,9 @@
 It never waits for company: a batch starts as soon as the model is free, with what has arrived by then. So a lone text
 goes at once, and under load batches fill by themselves.
 
-- Texts go by when they are due: a request's first on arrival, each further one as much later as those before it take
-  the model. A request of 1,000 texts so shares the model with those that come after it, and nothing starves: only
-  what was due earlier goes before a text.
+- Texts go by when they are due: a request's first on arrival, each further one later by the model's time for those
+  before it. So a request of 1,000 texts shares the model with those that come after it, and nothing starves: only what
+  was due earlier goes before a text.
 - The text that is due first is in every batch; those behind it join where they fit. One over the budget goes alone.
 - Within a batch texts go by length, longest first, so that engines that pad pad little.
 - A batch that fails is halved until the failing text is alone: its request fails, and no other.

@@ -71,7 +71,7 @@ class Candidate:
     comparison: dict[str, Any] = field(default_factory=dict)
 
 
-def load_model(location: str, engine: Wanted = "auto", threads: int | None = None) -> Model:
+def load_model(location: str, engine: Wanted = "auto") -> Model:
     """A verified model from a folder, URI or run, in an engine for which it is exported where that is missing.
 
     Raises:
@@ -81,7 +81,7 @@ def load_model(location: str, engine: Wanted = "auto", threads: int | None = Non
     from emoray.export import prepare as prepare_export
 
     prepare_export(location, engine, _log.info)
-    return Classifier.load(location, engine=engine, threads=threads)
+    return Classifier.load(location, engine=engine)
 
 
 def prepare(location: str, load: Callable[[str], Model], present: Model | None, gate: GateConfig) -> Candidate:

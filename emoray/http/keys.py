@@ -45,6 +45,10 @@ class Key:
     digest: bytes
     admin: bool = False
 
+    def line(self) -> str:
+        """As in a keys file: name and sum, from which the key can't be had."""
+        return f"{'admin ' if self.admin else ''}{self.name} {self.digest.hex()}"
+
 
 class Keys:
     """The keys of an endpoint; none at all leaves it open, but for what needs an admin."""
@@ -53,8 +57,8 @@ class Keys:
         self._keys = keys
 
     def lines(self) -> list[str]:
-        """As in a keys file: names and sums, from which no key can be had."""
-        return [f"{'admin ' if key.admin else ''}{key.name} {key.digest.hex()}" for key in self._keys]
+        """As in a keys file."""
+        return [key.line() for key in self._keys]
 
     def __bool__(self) -> bool:
         return bool(self._keys)
@@ -166,7 +170,7 @@ def _from_variable(value: str) -> Keys:
 def new(name: str, admin: bool = False) -> tuple[str, str]:
     """A fresh key, and its line for a keys file."""
     key = secrets.token_urlsafe(32)
-    return key, f"{'admin ' if admin else ''}{name} {hashlib.sha256(key.encode()).hexdigest()}"
+    return key, Key(name, hashlib.sha256(key.encode()).digest(), admin).line()
 
 
 if __name__ == "__main__":

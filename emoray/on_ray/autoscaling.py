@@ -30,6 +30,6 @@ class ByQueuedTokens:
         if not metrics.get(BUSY):  # nothing was reported yet
             return float(context.target_num_replicas), {}
         wanted = busy / FULL + queued / self._target
-        if wanted < 0.01 and context.total_num_requests > 0:
-            wanted = 0.01
-        return (0.0 if wanted < 0.001 else wanted), {}
+        if context.total_num_requests > 0:
+            wanted = max(wanted, 0.01)  # a request keeps a replica, or wakes one: Ray Serve rounds up
+        return (0.0 if wanted < 0.001 else wanted), {}  # what is left of averages must not keep one up

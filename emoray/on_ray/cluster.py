@@ -23,7 +23,7 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a worker's end is noticed in half a second, not two
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a notice of preemption often comes only seconds ahead
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # so often is told that there is still no room for the workers
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # how often it is reported that there is still no room
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 

@@ -32,7 +32,7 @@ from emoray.wording import count
 
 _POLL_S = 0.2
 _CHECK_S = 2.0
-"""So often a command looks whether a newer one has taken the output over."""
+"""How often a command checks whether a newer one has taken the output over, in seconds."""
 _PROCESS_BYTES = 1e9
 """Memory of an actor beside its model."""
 _NO_LIMIT = 1_000_000

@@ -85,9 +85,9 @@ class ReplicaService:
             return await self._local.classify(texts, deadline, truncate, explain)
         return await shares.classify(texts, deadline, ready, self.classify_here, self._elsewhere)
 
-    async def classify_here(self, texts: Sequence[str], deadline: float, truncate: bool = True) -> Scored:
+    async def classify_here(self, texts: Sequence[str], deadline: float) -> Scored:
         """As `classify`, by this replica alone."""
-        return await self._local.classify(texts, deadline, truncate)
+        return await self._local.classify(texts, deadline)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter as Tally
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -34,6 +34,13 @@ _MOST = 20_000
 Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
+_M = TypeVar("_M", Counter, Histogram)
+
+
+def _by_name(*metrics: _M) -> dict[str, _M]:
+    return {str(metric.info["name"]): metric for metric in metrics}
+
+
 class RayMetrics:
     """See `emoray.http.metrics.Metrics`.
 
@@ -41,24 +48,22 @@ class RayMetrics:
     """
 
     def __init__(self) -> None:
-        self._counters = {
-            "emoray_requests_total": Counter("emoray_requests_total", "Requests answered", ("route", "status")),
-            "emoray_padding_tokens_total": Counter("emoray_padding_tokens_total", "Tokens of padding computed"),
-            "emoray_failures_total": Counter("emoray_failures_total", "Requests not computed", ("kind",)),
-            "emoray_predictions_total": Counter("emoray_predictions_total", "Texts by likeliest label", ("label",)),
-            "emoray_swaps_total": Counter("emoray_swaps_total", "Model changes", ("outcome",)),
-        }
+        self._counters = _by_name(
+            Counter("emoray_requests_total", "Requests answered", ("route", "status")),
+            Counter("emoray_padding_tokens_total", "Tokens of padding computed"),
+            Counter("emoray_failures_total", "Requests not computed", ("kind",)),
+            Counter("emoray_predictions_total", "Texts by likeliest label", ("label",)),
+            Counter("emoray_swaps_total", "Model changes", ("outcome",)),
+        )
         confidence = [0.1 * i for i in range(1, 9)] + [0.85, 0.9, 0.95, 0.99, 1.0]
-        self._histograms = {
-            "emoray_request_seconds": Histogram("emoray_request_seconds", "A request's time", _SECONDS, ("route",)),
-            "emoray_queue_seconds": Histogram("emoray_queue_seconds", "A text's wait", _SECONDS),
-            "emoray_batch_texts": Histogram("emoray_batch_texts", "Texts of a batch", _POWERS[:11]),
-            "emoray_batch_tokens": Histogram("emoray_batch_tokens", "Tokens of a batch", _POWERS),
-            "emoray_model_seconds": Histogram("emoray_model_seconds", "A batch's time in the model", _SECONDS),
-            "emoray_confidence": Histogram(
-                "emoray_confidence", "The likeliest label's probability", confidence, ("label",)
-            ),
-        }
+        self._histograms = _by_name(
+            Histogram("emoray_request_seconds", "A request's time", _SECONDS, ("route",)),
+            Histogram("emoray_queue_seconds", "A text's wait", _SECONDS),
+            Histogram("emoray_batch_texts", "Texts of a batch", _POWERS[:11]),
+            Histogram("emoray_batch_tokens", "Tokens of a batch", _POWERS),
+            Histogram("emoray_model_seconds", "A batch's time in the model", _SECONDS),
+            Histogram("emoray_confidence", "The likeliest label's probability", confidence, ("label",)),
+        )
         self._model_info = Gauge("emoray_model_info", "1 for the model in service", ("model",))
         self._models: dict[str, float] = {}
         self._sums: Tally[Key] = Tally()

@@ -64,7 +64,7 @@ def test_words_that_pulled(endpoint: Server) -> None:
 def test_too_many_words_to_explain(endpoint: Server) -> None:
     answer = endpoint.post("/v1/classify", {"texts": ["a b c d e f g h i j k"] * 5, "explain": True})
     assert answer.status_code == 413
-    assert answer.json()["error"] == "explaining costs a text more for each word: 55 words, and 50 is the limit"
+    assert answer.json()["error"] == "explaining costs one more text for each word: 55 words, and 50 is the limit"
 
 
 def test_top_k_keeps_the_likeliest(endpoint: Server) -> None:
