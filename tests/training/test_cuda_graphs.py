@@ -92,7 +92,7 @@ def test_the_same_bits_each_time(overrides: tuple[str, ...], configure: Configur
     config = configure("model.dropout=0.2", *overrides)
     once = steps(gpu_learner(config), 0, 15)
     again = gpu_learner(config)
-    weights, moments = again.split(steps(again, 0, 7))
+    weights, moments = again.as_files(steps(again, 0, 7))
     (tmp_path / "training").mkdir()
     save_file(weights, tmp_path / "model.safetensors")
     save_file(moments, tmp_path / "training" / "optimizer.safetensors")
