@@ -1,4 +1,4 @@
-"""What a person at a terminal, or a job's log, sees of a run."""
+"""What a person at a terminal, or a job's log, sees: sentences, a bar that moves, errors, the answer itself."""
 
 from __future__ import annotations
 

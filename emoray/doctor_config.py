@@ -1,4 +1,4 @@
-"""`emoray doctor` on a config: is it valid, is what it names in reach, does it fit, does one step run?"""
+"""`emoray doctor` on a config: is it valid, and is what it names in reach and well formed?"""
 
 from __future__ import annotations
 
