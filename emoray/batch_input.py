@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from emoray.batch_rows import Lines, Piece, read_rows
+from emoray.batch_rows import Lines, Piece, footer_digest, read_rows
 from emoray.data_files import NOT_DATA
 from emoray.data_formats import FORMATS, NOT_UTF8, ONE_ARRAY, delimiter_of, is_utf16, suffix_of
 from emoray.errors import DataError
@@ -258,6 +258,7 @@ def _cut_parquet(file: File, files: Sequence[File], found: Input, problems: list
             stream.seek(0)
             with pq.ParquetFile(stream) as opened:
                 schema, total = opened.schema_arrow, opened.metadata.num_rows
+                footer = footer_digest(stream)
         schemas = [schema] if found.schema is None else [found.schema, schema]
         found.schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
@@ -271,5 +272,6 @@ def _cut_parquet(file: File, files: Sequence[File], found: Input, problems: list
     rows = max(1, min(max(_ROWS, total // max(share, 1)), _MOST_ROWS, fitting))
     for start in range(0, total, rows):
         stop = min(start + rows, total)
-        found.pieces.append(Piece(len(found.pieces), file.location, "parquet", start, stop, start + 1, stop - start))
+        place = (start, stop, start + 1, stop - start, footer)
+        found.pieces.append(Piece(len(found.pieces), file.location, "parquet", *place))
     found.prints[file.name] = digest.hexdigest()[:12]

@@ -28,7 +28,7 @@ class Piece:
         start, stop: where it lies: bytes of a text file, rows of a Parquet file.
         first: number of its first line, for messages; 1-based.
         rows: how many there are.
-        digest: sha256 of its bytes; empty for Parquet.
+        digest: sha256 of its bytes; of a Parquet file, of the whole file's footer.
         names: columns of a csv file.
         delimiter: of a csv file.
     """
@@ -174,23 +174,35 @@ def table_of(piece: Piece) -> Any:
     storage = Storage(piece.file)
     try:
         with storage.opened() as stream, pq.ParquetFile(stream) as file:
+            if footer_digest(stream) != piece.digest:
+                raise _changed(piece)
             tables, before = [], 0
             for group in range(file.num_row_groups):
                 after = before + file.metadata.row_group(group).num_rows
                 if before < piece.stop and after > piece.start:
-                    table = _row_group(piece.file, group, file.metadata.serialized_size)
+                    table = _row_group(piece.file, group, piece.digest)
                     start = max(piece.start - before, 0)
                     tables.append(table.slice(start, min(piece.stop - before, table.num_rows) - start))
                 before = after
     except pa.ArrowException as error:
         raise DataError(piece.file, [f"is not a readable Parquet file ({first_line(error)})"]) from None
-    if sum(table.num_rows for table in tables) != piece.rows:
-        raise _changed(piece)
     return pa.concat_tables(tables)
 
 
+def footer_digest(stream: Any) -> str:
+    """sha256 of a Parquet file's footer, which says of each column where it lies, its sizes and its extremes.
+
+    Args:
+        stream: of pyarrow, which may be read from any place.
+    """
+    stream.seek(stream.size() - 8)
+    length = int.from_bytes(stream.read(4), "little")
+    stream.seek(stream.size() - 8 - length)
+    return hashlib.sha256(stream.read(length)).hexdigest()
+
+
 @lru_cache(maxsize=1)
-def _row_group(file: str, group: int, _metadata_size: int) -> Any:
+def _row_group(file: str, group: int, _digest: str) -> Any:
     """A row group is read once for the pieces that follow each other in it."""
     import pyarrow.parquet as pq
 

@@ -82,6 +82,11 @@ def test_a_file_that_changes_meanwhile_is_not_scored(tmp_path: Path) -> None:
     assert cut_path(path).prints != before.prints
     with pytest.raises(DataError, match="has changed since"):
         rows_of(before.pieces[0])
+    for texts in (["tea", "bee"], ["tea", "sea"]):  # as many rows, of the same length
+        pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
+        before = before if "sea" in texts else cut_path(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="has changed since"):
+        table_of(before.pieces[0])
 
 
 def test_files_are_found(tmp_path: Path) -> None:
