@@ -101,7 +101,7 @@ class _News:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._started = time.monotonic()
+        self._began: float | None = None  # when workers were first heard of: until then there may be no room for them
         self._first: tuple[float, int] | None = None
         self._last: dict[str, Any] = {"evaluations": [], "step": 0, "epoch": 0.0, "left_s": None}
         self._urgent = False
@@ -111,6 +111,7 @@ class _News:
 
     def begin(self, facts: dict[str, Any]) -> None:
         with self._changed:
+            self._began = self._began or time.monotonic()
             self._first = None
             epoch = facts["evaluations"][-1]["epoch"] if facts["evaluations"] else 0.0
             self._last.update(evaluations=facts["evaluations"], step=facts["step"], total_steps=facts["total_steps"])
@@ -144,7 +145,7 @@ class _News:
         with self._changed:
             self._changed.wait_for(lambda: self._urgent, _TELL_EVERY_S)
             self._urgent = False
-            return {**self._last, "seconds": time.monotonic() - self._started}
+            return {**self._last, "seconds": time.monotonic() - self._began if self._began else 0.0}
 
 
 def open_shelf(selector: dict[str, str]) -> Any:
