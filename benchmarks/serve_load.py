@@ -1,4 +1,4 @@
-"""The endpoint under clients that wait for their answers, on any device: speed, agreement, a new model, a killed replica.
+"""The endpoint under clients that wait for answers, on any device: speed, agreement, a new model, a killed replica.
 
     python -m benchmarks.serve_load --models runs/a runs/b --texts test.jsonl replicas.num_gpus=0.3 replicas.num_cpus=2
 
