@@ -21,6 +21,7 @@ from emoray.metrics import Calibration, softmax
 from emoray.prediction import Prediction
 from emoray.storage import Storage, absolute, is_uri
 from emoray.tokens import Tokens, characters_seen, tokenize
+from emoray.wording import listing, nearest
 
 
 class Classifier:
@@ -144,12 +145,12 @@ def locate_model(location: str, base: str) -> str:
 
 
 def find_model(location: str) -> Storage:
-    """The model folder behind a location: itself, or the `best/` of a run.
+    """The model folder behind a location: itself, or the `best/` of a run, or what `locate_model` finds.
 
     Raises:
         CheckpointError: neither is there.
     """
-    folder = Storage(absolute(location))
+    folder = Storage(absolute(locate_model(location, os.getcwd())))
     if folder.exists(checkpoint.MANIFEST):
         return folder
     if folder.exists(f"{checkpoint.BEST}/{checkpoint.MANIFEST}"):
@@ -166,5 +167,7 @@ def find_model(location: str) -> Storage:
 
 def _neighbours(location: str) -> str:
     parent = Path(location).parent
-    names = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
-    return f" (there are: {', '.join(names[:5])})" if names else ""
+    if not parent.name and Path("runs").is_dir():
+        parent = Path("runs")
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir() and p.name[:1] != ".") if parent.is_dir() else []
+    return nearest(Path(location).name, names) or (f" (there are: {listing(names, 5)})" if names else "")

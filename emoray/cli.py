@@ -15,6 +15,7 @@ import typer
 
 from emoray.engines import Wanted
 from emoray.errors import EmorayError, InterruptedRunError, StorageError
+from emoray.wording import nearest
 
 if TYPE_CHECKING:
     from emoray.config import TrainConfig
@@ -33,9 +34,20 @@ app = typer.Typer(
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/emotion.yaml.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides, e.g. training.learning_rate=3e-5."),
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override, e.g. training.learning_rate=3e-5."),
 ]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, its best/, or a checkpoint; path or URI.")]
+TuneConfig = Annotated[str, typer.Argument(metavar="CONFIG", help="A sweep's YAML file, e.g. configs/tune.yaml.")]
+TuneOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override, e.g. tune.num_trials=8."),
+]
+ServeOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override, e.g. http.port=8080."),
+]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run's folder or name, its best/, or a checkpoint; path or URI.")
+]
 Engine = Annotated[
     Wanted, typer.Option(metavar="ENGINE", help="torch, onnx, onnx-int8 (see `emoray export`), or auto: the fastest.")
 ]
@@ -55,7 +67,7 @@ def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None
 
 @_command("emoray quickstart")
 def quickstart() -> None:
-    """Train on the data that ships in the package, classify three sentences; no network."""
+    """Train on the package's own data; no network."""
     from emoray import quickstart as small
     from emoray.config import load
     from emoray.console import out
@@ -69,7 +81,10 @@ def quickstart() -> None:
 
 @_command("emoray train configs/emotion.yaml run.name=mine training.learning_rate=3e-5")
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Fine-tune on Ray Train; the same command goes on with a run that was stopped."""
+    """Fine-tune on Ray Train, or resume a run.
+
+    The same command goes on with a run that was stopped.
+    """
     from emoray.config import load
 
     _train(load(config, overrides or []), as_json)
@@ -91,8 +106,11 @@ def _train(config: TrainConfig, as_json: bool) -> None:
 
 
 @_command("emoray tune configs/tune.yaml model.pretrained=my-encoder/ tune.num_trials=8")
-def tune(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Sweep on Ray Tune: find the best values, and leave best.yaml and best/; the same command goes on."""
+def tune(config: TuneConfig, overrides: TuneOverrides = None, as_json: Json = False) -> None:
+    """Sweep on Ray Tune, or resume a sweep.
+
+    Leaves best.yaml, the winner's config, and best/, its model; the same command goes on with a sweep that was stopped.
+    """
     from emoray.console import out
     from emoray.tune_config import load
 
@@ -133,13 +151,13 @@ def check_data(
         Path | None,
         typer.Option(
             metavar="CSV",
-            help="Train the config's recipe on parts of the training split and write the rows there that are likely "
-            "mislabelled; takes twice as long as training.",
+            help="Train a config's recipe on parts of the training split and write the rows there that are likely "
+            "mislabelled; takes twice as long as training. Give a CONFIG then, not a path.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Is the data well formed? Says all that training would say, without training."""
+    """Check a data set; reports all that training would."""
     from emoray import data
     from emoray.config import load
     from emoray.console import out
@@ -212,6 +230,8 @@ def evaluate(
     split: Annotated[
         Literal["train", "validation", "test"], typer.Option(metavar="SPLIT", help="train, validation or test.")
     ] = "test",
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts; default: as in training.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels; default: as in training.")] = None,
     language_column: Annotated[
         str | None, typer.Option(help="Column that holds the language: figures for each one.")
     ] = None,
@@ -219,7 +239,10 @@ def evaluate(
     engine: Engine = "torch",
     as_json: Json = False,
 ) -> None:
-    """Score a model on a labelled split, or two on the same rows: do they differ by more than chance?"""
+    """Score a model, or compare two, on labelled data.
+
+    Two are scored on the same rows: do they differ by more than chance?
+    """
     from emoray.classifier import Classifier
     from emoray.console import out
     from emoray.evaluation import as_dict, evaluation_text, rows_for, score_on
@@ -231,7 +254,8 @@ def evaluate(
             "a report is of one model: leave out --report, or name one model", param_hint="--report"
         )
     classifiers = [Classifier.load(model, engine=engine) for model in models]
-    rows = rows_for(classifiers[0], data, split, language_column)
+    columns = {"text_column": text_column, "label_column": label_column, "language_column": language_column}
+    rows = rows_for(classifiers[0], data, split, **columns)
     if len(classifiers) == 2:
         from emoray.comparison import comparison_text, on_same_rows
 
@@ -281,7 +305,10 @@ def predict(
     ] = "resume",
     as_json: Json = False,
 ) -> None:
-    """Score files on Ray Data, row by row; the same command goes on where it was stopped."""
+    """Score files on Ray Data, row by row.
+
+    The same command goes on where it was stopped.
+    """
     overrides = [given for given in inputs if given.startswith("workers.") and "=" in given]
     sources = [given for given in inputs if given not in overrides]
     if not sources:
@@ -312,7 +339,10 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write ONNX graphs beside a model; int8 is kept only if it loses no more than half a point of accuracy."""
+    """Write ONNX graphs beside a model, checked against it.
+
+    int8 is used only if it loses no more than half a point of accuracy.
+    """
     from emoray import export as exports
     from emoray.console import out
     from emoray.console import say as tell
@@ -333,7 +363,7 @@ def runs(
     ] = "runs",
     as_json: Json = False,
 ) -> None:
-    """List and compare runs: state, figures, time, and the config keys in which they differ."""
+    """List runs: state, figures, time, where they differ."""
     from emoray import runs as found
     from emoray.console import out
 
@@ -346,10 +376,13 @@ def serve(
     source: Annotated[
         str, typer.Argument(metavar="CONFIG|MODEL", help="A serving config, or a run's name, a model's folder or URI.")
     ],
-    overrides: Overrides = None,
+    overrides: ServeOverrides = None,
     as_json: Json = False,
 ) -> None:
-    """HTTP endpoint on Ray Serve; run again with another model, it changes without dropping a request."""
+    """Serve a model over HTTP on Ray Serve, or change it.
+
+    Run again with another model, the endpoint changes without dropping a request.
+    """
     from dataclasses import asdict
 
     from emoray.console import out
@@ -383,10 +416,16 @@ def submit(
     detach: Annotated[bool, typer.Option("--detach", help="Don't follow the job.")] = False,
     follow: Annotated[str | None, typer.Option(metavar="JOB", help="Follow a job that was submitted before.")] = None,
 ) -> None:
-    """Run a command as a job on a cluster, and follow its log; exits 0 succeeded, 1 failed, 3 stopped."""
+    """Run a command as a job on a cluster.
+
+    Follows its log, and exits with 0 (succeeded), 1 (failed) or 3 (stopped).
+    """
     from emoray.console import say as tell
     from emoray.on_ray import jobs
 
+    known = sorted(str(each.name) for each in app.registered_commands)
+    if command and command[0] not in known:
+        raise typer.BadParameter(f"there is no '{command[0]}'{nearest(command[0], known)}", param_hint="COMMAND")
     try:
         if follow is not None:
             status = jobs.told(follow, jobs.follow(jobs.connect(address), follow, tell), tell)
@@ -404,7 +443,10 @@ def monitor(
     port: Annotated[int, typer.Option(help="Where Prometheus listens, on this machine alone.")] = 9090,
     as_json: Json = False,
 ) -> None:
-    """Start Prometheus on this machine's Ray clusters, and say where to look; Ctrl-C ends it."""
+    """Start Prometheus on this machine's Ray clusters.
+
+    Says where to look; Ctrl-C ends it.
+    """
     from dataclasses import asdict
 
     from emoray.console import out
@@ -424,7 +466,10 @@ def doctor(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Will a run work here? Libraries, GPUs, disks, cluster; with a config, up to one real step."""
+    """Will a run work here?
+
+    Libraries, GPUs, disks, cluster; with a config, up to one real step.
+    """
     from emoray import doctor as checks
     from emoray.console import out
 

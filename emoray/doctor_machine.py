@@ -285,8 +285,10 @@ def existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
-def ports(_: Case) -> Iterator[Finding]:
+def ports(case: Case) -> Iterator[Finding]:
     """The dashboard's and the service's, free or held by Ray itself."""
+    if case.joined:
+        return  # the cluster that is joined has its own already
     for port, page, purpose, remedy in PORTS:
         name = f"port {port}"
         if _is_free(port):

@@ -278,14 +278,18 @@ def evaluate(classifier: Classifier, dataset: str | None, split: str, language_c
     Raises:
         DataError: with every problem of the data, labels that the model doesn't have among them.
     """
-    return score_on(classifier, rows_for(classifier, dataset, split, language_column))
+    return score_on(classifier, rows_for(classifier, dataset, split, language_column=language_column))
 
 
-def rows_for(classifier: Classifier, dataset: str | None, split: str, language_column: str | None = None) -> data.Split:
-    """The rows that `evaluate` scores, labelled with the ids of this model; arguments and errors as there."""
+def rows_for(classifier: Classifier, dataset: str | None, split: str, **columns: str | None) -> data.Split:
+    """The rows that `evaluate` scores, labelled with the ids of this model; errors as there.
+
+    Args:
+        columns: `text_column`, `label_column` and `language_column`; None takes what the model was trained with.
+    """
     config = parse(classifier.facts["config"]).data
     own = config.dataset
-    changes = {"labels": classifier.labels, "dataset": dataset, "language_column": language_column}
+    changes = {"labels": classifier.labels, "dataset": dataset, **columns}
     given = {key: value for key, value in changes.items() if value is not None}
     config = DataConfig(**{**config.model_dump(), **given})
     if dataset is None or own in (dataset, absolute(dataset)):

@@ -210,7 +210,7 @@ def _errors(pretrained: str, what: str) -> Iterator[None]:
                 f"{pretrained}: the {what} can't be loaded from this folder: {reason}; give a whole Hugging Face folder"
             ) from None
         raise ModelError(
-            f"{pretrained}: no such folder here, and its {what} can't be had from the Hub. {hub.REMEDY}"
+            f"{pretrained}: no such folder here, and its {what} couldn't be fetched from the Hub. {hub.REMEDY}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""What the model says of one text: apart from the classifier, so that who only passes it on needn't load torch."""
+"""What the model says of one text: apart from the classifier, so that code which only passes it on loads no torch."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 SENTENCES = (
-    "I still can't believe how lucky I am, what a wonderful day!",
+    "I can't believe how lucky I am, what a wonderful day!",
     "Tengo miedo de quedarme sola esta noche.",
     "How dare they cancel my order without a word?",
 )

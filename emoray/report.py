@@ -145,6 +145,12 @@ def _headline(split: Scored) -> dict[str, Any]:
     }
 
 
+def _never_predicted(split: Scored) -> list[str]:
+    """Labels that rows have and the model never gives: what it says of them, and its doubts of labels, mean little."""
+    held, given = set(split.targets.tolist()), set(split.predicted.tolist())
+    return [label for number, label in enumerate(split.labels) if number in held - given]
+
+
 def _detail(split: Scored, asked: Insight | None) -> dict[str, Any]:
     """Everything below the headline, of one split."""
     explanations = asked.explanations if asked else {}
@@ -154,6 +160,7 @@ def _detail(split: Scored, asked: Insight | None) -> dict[str, Any]:
         "name": split.split,
         "rows": len(split),
         "wrong": int((~right).sum()),
+        "never": _never_predicted(split),
         "headline": _headline(split),
         "per_label": [(row, slices.get(row["label"])) for row in split.per_label()],
         "confusion": _confusion(split),

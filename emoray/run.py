@@ -211,7 +211,7 @@ def refuse_changed(
         more = [f"... ({len(changes)} differences)"] if len(changes) > _MOST_CHANGES else []
         listed = "\n".join(f"  - {change}" for change in [*changes[:_MOST_CHANGES], *more])
         raise RunExistsError(
-            f"{run.location}: holds {holds}, so it can't be continued:\n{listed}\nGive back the old values, {remedy}."
+            f"{run.location}: holds {holds}, so it can't be continued:\n{listed}\nRestore the old values, {remedy}."
         )
 
 

@@ -213,7 +213,7 @@ class Sweep:
             if trial.state != "finished" or len(trial.evaluations) > stop.until:
                 del trial.evaluations[int(stop.until) :]
                 trial.state = "stopped"
-                trial.reason = f"after evaluation {len(trial.evaluations)} others were better"
+                trial.reason = f"after evaluation {len(trial.evaluations)}, where others were better"
                 stopped.append(trial)
         self._add_repeats()
         return stopped

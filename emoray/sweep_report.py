@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emoray import report, sweep_plots
+from emoray.config_files import flatten
 from emoray.metrics import TITLES
 from emoray.search_space import shown
 
@@ -40,8 +41,15 @@ def render(sweep: Sweep, results: Mapping[str, Any]) -> str:
         repeats=[(trial, sweep.mean(trial), sweep.spread(trial), sweep.draws(trial)) for trial in sweep.ranking()]
         if tuned.repeats
         else [],
-        recipe=report.sections(sweep.plan.base.model_dump(mode="json")),
+        recipe=report.sections(_shared(sweep)),
     )
+
+
+def _shared(sweep: Sweep) -> dict[str, Any]:
+    """The base's keys that no trial changes, dotted."""
+    own = {"training.metric_for_best_model", *(domain.key for domain in sweep.plan.domains)}
+    base = flatten(sweep.plan.base.model_dump(mode="json"))
+    return {key: value for key, value in base.items() if key not in own and not key.startswith("run.")}
 
 
 def pictures(sweep: Sweep, title: str) -> list[tuple[str, str]]:

@@ -58,6 +58,9 @@ def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
         def fill(folder: Path) -> None:
             left_out = shutil.ignore_patterns(checkpoint.MANIFEST, checkpoint.EXPORTS)
             shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=left_out)
+            facts = checkpoint.facts(source)
+            facts["config"]["run"]["name"] = sweep.plan.config.run.name  # what an endpoint calls the model
+            (folder / checkpoint.FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
         checkpoint.write(attempt.run, checkpoint.BEST, fill, attempt.check)
     for trial in sweep.trials:
@@ -152,7 +155,7 @@ def table(sweep: Sweep) -> str:
     if whole:
         lines += [
             "",
-            f"Steps: {taken:,} of the {whole:,} that all trials to their end would have taken ({taken / whole:.0%}).",
+            f"Steps: {taken:,} instead of the {whole:,} of all trials to their end ({taken / whole:.0%}).",
         ]
     for trial in sweep.ranking() if sweep.plan.config.tune.repeats else []:
         spread = sweep.spread(trial)

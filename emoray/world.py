@@ -1,4 +1,4 @@
-"""The workers of a run as one of them sees them: which it is, and what they tell each other."""
+"""The workers of a run as one of them sees them: its rank, and the collectives: max, sum, gather, broadcast."""
 
 from __future__ import annotations
 

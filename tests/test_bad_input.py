@@ -346,7 +346,7 @@ def no_such_encoder(place: Place) -> Command:
     return place.train(f"model.pretrained={place.folder}/bert")
 
 
-@bad("owner/bert: no such folder here, and its config can't be had from the Hub", "HF_HOME")
+@bad("owner/bert: no such folder here, and its config couldn't be fetched from the Hub", "HF_HOME")
 def encoder_on_a_hub_out_of_reach(place: Place) -> Command:
     return place.train("model.pretrained=owner/bert")
 
@@ -459,7 +459,7 @@ def model_for_other_labels(place: Place) -> Command:
 # Trained models
 
 
-@bad("no such folder", "there are: tiny", "give a run's folder, its best/, or a checkpoint")
+@bad("no such folder", "did you mean 'tiny'", "give a run's folder, its best/, or a checkpoint")
 def no_such_model(place: Place) -> Command:
     return ["classify", str(place.run.parent / "tyni"), "tea"]
 
@@ -528,7 +528,7 @@ def run_that_exists(place: Place) -> Command:
     "holds a run of another recipe",
     "training.learning_rate was 0.002, is 0.001",
     "training.seed was 42, is 7",
-    "Give back the old values, choose another run.name, or set run.on_existing=replace",
+    "Restore the old values, choose another run.name, or set run.on_existing=replace",
 )
 def run_of_another_recipe(place: Place) -> Command:
     place.copy("run")

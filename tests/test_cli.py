@@ -63,6 +63,7 @@ def test_a_usage_error_says_how(emoray: Emoray) -> None:
     for arguments, said in [
         (["tain"], "No such command 'tain'"),
         (["classify"], "Missing argument 'MODEL'"),
+        (["submit", "--", "trian", "configs/emotion.yaml"], "there is no 'trian' (did you mean 'train'?)"),
         (["evaluate", "runs/a", "--split", "validate"], "'validate' is not one of 'train', 'validation', 'test'"),
         (["classify", "runs/a", "tea", "--engine", "tensorrt"], "'tensorrt' is not one of 'auto', 'torch', 'onnx'"),
     ]:
@@ -244,3 +245,11 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     os.close(write)
     assert done.stderr == ""
     assert done.returncode == 1
+
+
+def test_other_data_may_name_its_columns_otherwise(trained_run: Path, tmp_path: Path, emoray: Emoray) -> None:
+    rows = [{"body": text, "feeling": LABELS[0]} for text in sentences(LABELS[0])[:5]]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    answer = emoray("evaluate", trained_run, "--data", path, "--text-column", "body", "--label-column", "feeling")
+    assert answer.status == 0 and "test: 5 rows" in answer.out, answer.err
+    assert "no column 'text'" in emoray("evaluate", trained_run, "--data", path, "--label-column", "feeling").err

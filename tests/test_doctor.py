@@ -372,7 +372,7 @@ def test_cluster_and_its_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         asked = ["workers.num_workers=3", "workers.use_gpu=false", f"run.storage_path={tmp_path / 'runs'}"]
         findings = {f.name: f for f in doctor.examine(None, asked, checks=["config", "cluster", "workers"])}
         assert findings["cluster"].found.endswith("2 nodes, 2 CPU, 0 GPU")
-        is_found(findings["nodes"], "ok", "2 can write", remedy="")
+        is_found(findings["nodes"], "ok", "can be written from 2 nodes", remedy="")
         is_found(findings["workers"], "problem", "room for 2", remedy="lower workers.num_workers")
         assert not (tmp_path / "runs").exists()
         monkeypatch.setattr(Storage, "write", lambda *_, **__: None)

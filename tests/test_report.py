@@ -344,6 +344,13 @@ def test_degenerate_splits_have_a_report_and_a_card(changes: dict[str, Any]) -> 
     assert not re.search(r"\bnan\b", render_card(_card(test=split, labels=split.labels)))
 
 
+def test_labels_that_are_never_predicted_are_said_at_the_top() -> None:
+    only_first = np.tile(np.array([9, 0, 0], dtype=np.float32), (300, 1))
+    html = render(ReportInput(name="odd", test=scored("test", logits=only_first)))
+    assert f"Never predicted: {LABELS[1]}, {LABELS[2]}." in html and "these labels" in html
+    assert "Never predicted" not in render(ReportInput(name="fine", test=whole().test))
+
+
 def test_one_row_has_a_report() -> None:
     history = whole().history[:1]
     assert "<svg" in render(ReportInput(name="one", history=history, test=scored("test", rows=1)))

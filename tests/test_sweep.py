@@ -275,7 +275,7 @@ def test_a_terminal_gets_a_table() -> None:
     assert "failed: the loss is nan" in shown and "pending" in shown
 
 
-def test_the_winner_s_exports_stay_behind(trained_run: Path, tmp_path: Path) -> None:
+def test_the_winner_s_model_has_the_sweep_s_name_and_no_exports(trained_run: Path, tmp_path: Path) -> None:
     """Only what the manifest lists travels: an export is made anew where the model is served."""
     folder = Storage(str(tmp_path))
     winner = Trial("0000", {})
@@ -287,4 +287,5 @@ def test_the_winner_s_exports_stay_behind(trained_run: Path, tmp_path: Path) -> 
     sweeped.trials = [winner]
     sweep_results._take_model(sweeped, winner, Attempt.begin(folder, {"recipe": {}}))
     checkpoint.verify(tmp_path / "best")
+    assert checkpoint.facts(tmp_path / "best")["config"]["run"]["name"] == sweeped.plan.config.run.name
     assert "onnx" not in folder.names("best") and not folder.exists(f"{winner.folder}/best")

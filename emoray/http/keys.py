@@ -175,7 +175,7 @@ def new(name: str, admin: bool = False) -> tuple[str, str]:
 
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if argument != "--admin"]
-    if len(arguments) != 1 or not _NAME.fullmatch(arguments[0]):
+    if len(arguments) != 1 or arguments[0].startswith("-") or not _NAME.fullmatch(arguments[0]):
         sys.exit("usage: python -m emoray.http.keys NAME [--admin]")
     made, line = new(arguments[0], "--admin" in sys.argv[1:])
     sys.stderr.write(f"key (shown once): {made}\n")

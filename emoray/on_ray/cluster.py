@@ -120,8 +120,11 @@ def _knock(address: str) -> None:
 _REPLACED = ("A worker died or was killed", "Raylet is terminated", "The node with node id")
 """How Ray's own words on dead workers and nodes begin: ours say which worker, where, at which step, what follows."""
 
-_MEANT = "PYTHON worker processes have been started on node"
-"""Part of Ray's warning about too many processes: ours, such as the drivers of a sweep's trials, take no CPU."""
+_MEANT = (
+    "PYTHON worker processes have been started on node",  # ours, such as the drivers of a sweep's trials, take no CPU
+    "ServeController.graceful_shutdown failed",  # Ray Serve is being ended
+)
+"""Parts of warnings of Ray's about what is meant."""
 
 
 def _hush() -> None:
@@ -131,7 +134,11 @@ def _hush() -> None:
     print_all = worker.print_to_stdstream
 
     def print_the_rest(data: dict[str, Any], ignore_prefix: bool) -> None:
-        lines = [line for line in data["lines"] if not line.startswith(_REPLACED) and _MEANT not in line]
+        lines = [
+            line
+            for line in data["lines"]
+            if not line.startswith(_REPLACED) and not any(meant in line for meant in _MEANT)
+        ]
         if lines:
             print_all({**data, "lines": lines}, ignore_prefix)
 

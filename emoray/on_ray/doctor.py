@@ -27,7 +27,7 @@ from emoray.errors import ClusterError, EmorayError, StorageError
 from emoray.on_ray import cluster
 from emoray.storage import Storage
 from emoray.task import with_absolute_paths
-from emoray.wording import first_line
+from emoray.wording import count, first_line
 
 _CONNECT_S = 3.0
 _GCS_S = 6.0
@@ -87,7 +87,7 @@ def joined_cluster(case: Case) -> Iterator[Finding]:
     try:
         cluster.connect()
         case.joined, case.nodes = True, cluster.live_nodes()
-        yield ok(name, f"{address}: Ray {ray.__version__}, {len(case.nodes)} nodes, {_total(case.nodes)}")
+        yield ok(name, f"{address}: Ray {ray.__version__}, {count(len(case.nodes), 'node')}, {_total(case.nodes)}")
         yield from _ask_nodes(case.storage_path)
     except ClusterError as error:
         yield problem(name, str(error), "look at `ray status` on the head, and at RAY_AUTH_MODE and its token")
@@ -184,7 +184,7 @@ def _ask_nodes(location: str) -> Iterator[Finding]:
             remedy = "install the same emoray on every node, or look at `ray status`"
         yield problem(f"node {node}", answer, remedy)
     if not bad:
-        yield ok("nodes", f"{len(answers)} can write {location}")
+        yield ok("nodes", f"{location} can be written from {count(len(answers), 'node')}")
 
 
 def _on_every_node(location: str, probe: str) -> dict[str, str]:

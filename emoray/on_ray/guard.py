@@ -1,4 +1,6 @@
-"""Middleware in Ray Serve's HTTP proxies, the processes that hold the clients' connections.
+"""Middleware in Ray Serve's HTTP proxies: sends requests of dead replicas again, and refuses more than can be answered.
+
+Proxies are the processes that hold the clients' connections.
 
 Ray Serve 2.60 sends a request to another replica where one refuses it, but gives up one whose replica dies: the client
 gets a bare 500. And its own answers (no replica, time out) are plain text. Here, before an answer is begun:

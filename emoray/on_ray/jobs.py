@@ -187,7 +187,8 @@ def told(job: str, info: JobInfo, say: Say) -> int:
     if info.status == JobStatus.STOPPED:
         say(f"Job {job} was stopped; the same command goes on from its last checkpoint")
         return STOPPED
-    say(f"Job {job} failed ({_why(info)}); the same command goes on from its last checkpoint")
+    resumes = any(f" {name} " in f" {info.entrypoint} " for name in ("train", "tune", "predict"))
+    say(f"Job {job} failed ({_why(info)})" + "; the same command goes on where it ended" * resumes)
     return 1
 
 

@@ -90,8 +90,8 @@ def predict_on_ray(request: Request, watcher: Watcher) -> dict[str, Any]:
     work = look(request, watcher)
     output = work.output
     if request.on_existing != "replace":
-        remedy = "choose another --output, or give --on-existing replace to score all anew"
-        run.refuse_changed(output.home, work.identity, "what came of another input or model", remedy)
+        remedy = "choose another --output, or start over with --on-existing replace"
+        run.refuse_changed(output.home, work.identity, "the results of another input or model", remedy)
         if (summary := output.finished(piece.number for piece in work.found.pieces)) is not None:
             watcher.say(f"{output.location} is finished; --on-existing replace would score it anew.")
             return summary

@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.serve.context import _get_global_client
 
 from emoray.classifier import find_model, locate_model
@@ -73,7 +74,7 @@ class Ready:
         if self.is_elsewhere:
             lines.append("It ends with the `emoray serve` that started it.")
         elif not self.is_here:
-            lines.append("It runs on without this command; `serve shutdown` ends it.")
+            lines.append("It runs on without this command; Ray's own `serve shutdown -y` ends it.")
         return "\n".join(lines)
 
 
@@ -193,7 +194,7 @@ def _address(config: ServeConfig, proxies: Future[None]) -> str:
     if (running.host, running.port) != (config.http.host, config.http.port):
         raise ClusterError(
             f"Ray Serve listens on {running.host}:{running.port} in this cluster, and can't be told otherwise while it "
-            f"runs: give http.host={running.host} http.port={running.port}, or end it with `serve shutdown`."
+            f"runs: give http.host={running.host} http.port={running.port}, or end it with Ray's `serve shutdown -y`."
         )
     host = "127.0.0.1" if running.host in ("0.0.0.0", "::") else running.host
     return f"http://{host}:{running.port}"
@@ -308,9 +309,12 @@ def _join_own(port: int) -> bool:
     try:
         note = json.loads(_note(port).read_text())
         os.kill(note["pid"], 0)
+        address, auth = note["address"], note["auth"]
     except (OSError, ValueError, KeyError):
         return False
-    os.environ["RAY_ADDRESS"] = note["address"]
+    os.environ["RAY_ADDRESS"] = address
+    if auth == "token":  # Ray asks for it by itself where it starts a cluster, but not at an address that is named
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     return True
 
 
@@ -319,7 +323,8 @@ def _found_by_others(port: int, is_here: bool) -> Iterator[None]:
     note = _note(port)
     if is_here:
         address = ray.get_runtime_context().gcs_address
-        note.write_text(json.dumps({"pid": os.getpid(), "address": address}))
+        auth = os.environ.get("RAY_AUTH_MODE", "disabled")  # Ray sets it where it has chosen itself
+        note.write_text(json.dumps({"pid": os.getpid(), "address": address, "auth": auth}))
     try:
         yield
     finally:

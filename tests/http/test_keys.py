@@ -96,6 +96,8 @@ def test_a_keys_file(tmp_path: Path) -> None:
     made = subprocess.run(
         [sys.executable, "-m", "emoray.http.keys", "boss", "--admin"], capture_output=True, text=True, check=True
     )
+    asked = subprocess.run([sys.executable, "-m", "emoray.http.keys", "--help"], capture_output=True, text=True)
+    assert asked.returncode == 1 and asked.stdout == "" and asked.stderr.startswith("usage:"), "no key is named --help"
     key, line = made.stderr.split(":", 1)[1].strip(), made.stdout.strip()
     other, other_line = api_keys.new("app")
     path = tmp_path / "keys"

@@ -64,7 +64,9 @@ def settings(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="et-", ignore_cleanup_errors=True) as name:
-        yield environment(folder, name)
+        settings = environment(folder, name, HOME=name)
+        del settings["RAY_AUTH_MODE"]  # as a user has it: Ray makes a token, and a second `emoray serve` must find it
+        yield settings
 
 
 @pytest.fixture(scope="module")
