@@ -22,6 +22,12 @@ from emoray.training import Alone, train
 from emoray.world import World
 
 
+@pytest.fixture(autouse=True)
+def _no_cluster_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have one."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with Bench(tmp_path_factory.mktemp("bench")) as bench:
