@@ -34,29 +34,22 @@ R = TypeVar("R")
 
 LOOK_AHEAD = 256
 """How many texts that don't fit are passed over for one batch: bounds its bookkeeping while long texts are in front."""
-_DECAY = 0.95
+_DECAY = 0.9
 """What a batch's weight in the estimate of the model's speed falls by with each further batch."""
-_ALIKE = 0.01
-"""Batches whose sizes differ by less than a tenth (the square of it) are all of one size, for the estimate."""
 
 
 class Clock:
-    """How long the model takes: so much for a batch, whatever is in it, and so much for each of its tokens.
-
-    Both are fitted to the batches that were computed (least squares, newer ones counting more). On a CPU tokens are
-    nearly all that counts. A GPU takes a batch of one text for as long as one of a hundred, so that seconds a token,
-    learnt from lone texts, would refuse the first of many requests at once.
-    """
+    """The model's speed, from the batches it computed, newer ones counting more."""
 
     def __init__(self) -> None:
-        self.batch_s = self.token_s = 0.0
-        self._sums = [0.0] * 5  # of 1, tokens, seconds, tokens squared, tokens * seconds
+        self._seconds = self._tokens = 0.0
         self._running = 0
         self._since = 0.0
 
-    def pace(self, full: int) -> float:
-        """Seconds a token in batches of so many tokens; 0 before the first batch."""
-        return self.token_s + self.batch_s / full
+    @property
+    def seconds_a_token(self) -> float:
+        """0 before the first batch."""
+        return self._seconds / self._tokens if self._tokens else 0.0
 
     def start(self, tokens: int) -> None:
         self._running, self._since = tokens, time.monotonic()
@@ -64,29 +57,15 @@ class Clock:
     def stop(self) -> float:
         """Seconds that the batch took."""
         seconds = time.monotonic() - self._since
-        self.learn(self._running, seconds)
+        # Sums, not a mean of ratios: a short batch costs more a token, and full ones are what queues are made of.
+        self._seconds = self._seconds * _DECAY + seconds
+        self._tokens = self._tokens * _DECAY + self._running
         self._running = 0
         return seconds
 
-    def learn(self, tokens: int, seconds: float) -> None:
-        """Take a batch into the estimate."""
-        new = (1.0, tokens, seconds, tokens**2, tokens * seconds)
-        self._sums = [_DECAY * old + more for old, more in zip(self._sums, new, strict=True)]
-        n, x, y, xx, xy = self._sums
-        spread = n * xx - x * x
-        if spread > _ALIKE * x * x:
-            self.token_s = max(0.0, (n * xy - x * y) / spread)
-            self.batch_s = max(0.0, (y - self.token_s * x) / n)
-        else:  # batches of one size say nothing about others: it may be the tokens alone
-            self.batch_s = 0.0
-        if self.batch_s == 0:
-            self.token_s = y / x
-
     def left(self) -> float:
         """Seconds until the batch in the model is done, about."""
-        if not self._running:
-            return 0.0
-        return max(0.0, self.batch_s + self._running * self.token_s - (time.monotonic() - self._since))
+        return max(0.0, self._running * self.seconds_a_token - (time.monotonic() - self._since))
 
 
 @dataclass(eq=False)
@@ -216,19 +195,18 @@ class Batcher(Generic[P, R]):
         now = time.monotonic()
         if self._closing:
             raise unavailable("this server is stopping: try again, another one answers")
-        pace = self._clock.pace(self._max_tokens)
-        waiting = self.queued_tokens * pace
+        waiting = self.queued_tokens * self._clock.seconds_a_token
         if len(self._requests) >= self._max_requests:
             self._metrics.failure("overloaded")
             raise overloaded(f"{len(self._requests)} requests are waiting, and no more may: try again soon", waiting)
         turn = self._clock.left() + waiting
         if turn > self._max_wait:  # only then is it worth a closer look
             overdue = sum(request.overdue(now) for request in self._requests)
-            turn = self._clock.left() + overdue * pace
+            turn = self._clock.left() + overdue * self._clock.seconds_a_token
             if turn > self._max_wait:
                 self._metrics.failure("overloaded")
                 raise overloaded(f"the queue is {turn:.1f} s long, and {self._max_wait:g} s is the limit", turn)
-        end = waiting + tokens * pace
+        end = waiting + tokens * self._clock.seconds_a_token
         if self._requests and end > deadline - now:
             self._metrics.failure("overloaded")
             raise overloaded(f"with what is waiting this would take {end:.0f} s: try again, or send less", waiting)
@@ -239,7 +217,7 @@ class Batcher(Generic[P, R]):
 
     def _enqueue(self, payloads: Sequence[P], tokens: Sequence[int], now: float, deadline: float) -> _Request[P, R]:
         answer: asyncio.Future[list[R]] = asyncio.get_running_loop().create_future()
-        count, total, pace = len(payloads), sum(tokens), self._clock.pace(self._max_tokens)
+        count, total, pace = len(payloads), sum(tokens), self._clock.seconds_a_token
         request = _Request[P, R](answer, now, deadline, pace, tokens[0], total, total, [None] * count, count)
         before = 0
         for place, (payload, size) in enumerate(zip(payloads, tokens, strict=True)):
@@ -291,11 +269,10 @@ class Batcher(Generic[P, R]):
 
     def _budget(self) -> int:
         """Tokens of the next batch: less than `max_tokens` where a full one would keep others waiting too long."""
-        token_s = self._clock.token_s
-        if token_s == 0:
+        pace = self._clock.seconds_a_token
+        if pace == 0:
             return self._max_tokens
-        fitting = (self._max_wait / 4 - self._clock.batch_s) / token_s
-        return min(self._max_tokens, max(int(fitting), self._max_tokens // 16))
+        return min(self._max_tokens, max(int(self._max_wait / 4 / pace), self._max_tokens // 16))
 
     def _compute(self, batch: list[_Text[P, R]]) -> list[R | Exception]:
         """In the model's thread: a result or an error for each text."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoray.http.batcher import Batcher, Clock
+from emoray.http.batcher import Batcher
 from emoray.http.errors import RequestError
 
 MAX_TOKENS = 50
@@ -227,46 +227,6 @@ def test_what_would_wait_too_long_is_refused() -> None:
     served = [answer for answer in answers if not isinstance(answer, Exception)]
     assert 5 <= len(served) <= 60
     assert all(isinstance(a, list) or (isinstance(a, RequestError) and a.status == 429) for a in answers)
-
-
-def test_many_at_once_after_lone_ones_are_taken_where_a_batch_costs_the_same_whatever_is_in_it() -> None:
-    """A GPU's way: seconds a token, learnt from lone texts, would refuse most of these."""
-    sizes = [7, 12, 21, 9, 40, 16, 25, 11] * 2
-
-    def gpu(payloads: list[int]) -> list[int]:
-        time.sleep(0.02)
-        return payloads
-
-    async def play() -> None:
-        batcher: Batcher[int, int] = Batcher(gpu, max_tokens=4096, max_wait_s=1.0)
-        for size in sizes:
-            await batcher.submit([size], [size], time.monotonic() + 60)
-        calls = (batcher.submit([number], [20], time.monotonic() + 60) for number in range(400))
-        assert await asyncio.gather(*calls) == [[number] for number in range(400)]
-
-    asyncio.run(play())
-
-
-@given(batch_s=st.floats(0, 0.1), token_s=st.floats(1e-6, 1e-3), sizes=st.permutations([5, 12, 40, 300, 4000]))
-def test_the_clock_learns_what_a_batch_and_a_token_cost(batch_s: float, token_s: float, sizes: list[int]) -> None:
-    clock = Clock()
-    assert clock.pace(4096) == clock.left() == 0
-    clock.learn(sizes[0], batch_s + token_s * sizes[0])
-    assert clock.pace(4096) == pytest.approx(batch_s / sizes[0] + token_s), "of one size, it may be the tokens alone"
-    for size in sizes[1:]:
-        clock.learn(size, batch_s + token_s * size)
-    assert (clock.batch_s, clock.token_s) == pytest.approx((batch_s, token_s), rel=1e-3, abs=1e-7)
-    for _ in range(200):
-        clock.learn(1000, 3.0)
-    assert clock.pace(1000) * 1000 == pytest.approx(3.0, rel=0.05), "what was long ago no longer counts"
-
-
-@given(seconds=st.lists(st.floats(1e-4, 10), min_size=2), sizes=st.lists(st.integers(1, 8192), min_size=2))
-def test_the_clock_never_takes_time_for_less_than_nothing(seconds: list[float], sizes: list[int]) -> None:
-    clock = Clock()
-    for size, took in zip(sizes, seconds, strict=False):
-        clock.learn(size, took)
-        assert clock.batch_s >= 0 <= clock.token_s and 0 < clock.pace(4096) < 1e5
 
 
 def test_what_can_not_be_done_in_time_is_refused_only_where_others_wait() -> None:
