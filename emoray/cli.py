@@ -32,19 +32,17 @@ app = typer.Typer(
 )
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/emotion.yaml.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override, e.g. training.learning_rate=3e-5."),
-]
+
+
+def _keys(example: str) -> Any:
+    """The argument that takes overrides."""
+    return typer.Argument(metavar="[KEY.PATH=VALUE]...", help=f"Config keys to override, e.g. {example}.")
+
+
+Overrides = Annotated[list[str] | None, _keys("training.learning_rate=3e-5")]
 TuneConfig = Annotated[str, typer.Argument(metavar="CONFIG", help="A sweep's YAML file, e.g. configs/tune.yaml.")]
-TuneOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override, e.g. tune.num_trials=8."),
-]
-ServeOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override, e.g. http.port=8080."),
-]
+TuneOverrides = Annotated[list[str] | None, _keys("tune.num_trials=8")]
+ServeOverrides = Annotated[list[str] | None, _keys("http.port=8080")]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run's folder or name, its best/, or a checkpoint; path or URI.")
 ]

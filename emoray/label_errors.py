@@ -121,16 +121,18 @@ def out_of_sample(
 ) -> tuple[tuple[str, ...], Array]:
     """The label names, and of each training row the probabilities [n, L] of a model that has not seen it."""
     from emoray import model
+    from emoray.process import compute_on
     from emoray.task import prepare
 
     training = config.training.model_copy(update={"checkpoint_every_minutes": None, "keep_checkpoints": 1})
     task, split = prepare(config.model_copy(update={"training": training}), say, dataset), dataset.splits["train"]
     state = model.load(config.model, task.labels, config.training.seed).state_dict()
+    device = compute_on(config.workers.use_gpu is not False, config.workers.cpus_per_worker)
     fold = deal(split.texts, split.labels, FOLDS)
     probabilities = np.empty((len(fold), len(task.labels)))
     for number in range(FOLDS):
         say(f"Fold {number + 1} of {FOLDS}: training on {int((fold != number).sum()):,} rows")
-        probabilities[fold == number] = _without(task, state, fold != number)
+        probabilities[fold == number] = _without(task, state, fold != number, device)
     return task.labels, probabilities
 
 
@@ -147,14 +149,11 @@ def deal(texts: Sequence[str], targets: Array, folds: int) -> Array:
     return np.array([place[text] for text in texts], dtype=np.int64)
 
 
-def _without(task: Task, state: Any, kept: Array) -> Array:
+def _without(task: Task, state: Any, kept: Array, device: Any) -> Array:
     """Train on the rows that are kept; probabilities of the others, calibrated on validation."""
-    from emoray.process import compute_on
     from emoray.training import Alone, train
     from emoray.world import World
 
-    workers = task.config.workers
-    device = compute_on(workers.use_gpu is not False, workers.cpus_per_worker)
     whole = task.parts["train"]
     parts = {
         name: replace(whole, tokens=whole.tokens.take(rows), targets=whole.targets[rows], rows=whole.rows[rows])

@@ -104,10 +104,7 @@ class Storage:
         return {info.path[len(base) :].lstrip("/"): info.size for info in infos if info.type == fs.FileType.File}
 
     def read(self, name: str) -> bytes:
-        with (
-            self._errors(name, "read"),
-            self._fs.open_input_stream(self._path(name), compression=None) as stream,
-        ):
+        with self._errors(name, "read"), self._fs.open_input_stream(self._path(name), compression=None) as stream:
             return bytes(stream.read())
 
     def read_text(self, name: str) -> str:
@@ -125,15 +122,15 @@ class Storage:
         if self.local_path is None:
             with self._errors(name, "written"):
                 self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
+            opened = False
             try:
-                with (
-                    self._errors(name, "written"),
-                    self._fs.open_output_stream(self._path(name), None) as stream,
-                ):
+                with self._errors(name, "written"), self._fs.open_output_stream(self._path(name), None) as stream:
+                    opened = True
                     yield stream
             except BaseException:
-                with suppress(StorageError):
-                    self.delete(name)  # closing it has made what was written so far visible
+                if opened:  # closing it has made what was written so far visible; else what was there is there still
+                    with suppress(StorageError):
+                        self.delete(name)
                 raise
             return
         path = self.local_path / name
@@ -264,10 +261,7 @@ class Storage:
     def download(self, target: Path) -> None:
         """Copy the whole folder to a local one."""
         for name in self.files():
-            with (
-                self._errors(name, "read"),
-                self._fs.open_input_stream(self._path(name), compression=None) as stream,
-            ):
+            with self._errors(name, "read"), self._fs.open_input_stream(self._path(name), compression=None) as stream:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 with (target / name).open("wb") as writer:
                     shutil.copyfileobj(stream, writer, 1 << 20)

@@ -71,7 +71,7 @@ def test_each_row_is_scored_by_a_model_that_has_not_seen_it(
     split = dataset.splits["train"]
     asked: list[np.ndarray] = []
 
-    def without(task: object, state: object, kept: np.ndarray) -> np.ndarray:
+    def without(task: object, state: object, kept: np.ndarray, device: object) -> np.ndarray:
         held_out = [split.texts[i] for i in np.flatnonzero(~kept)]
         assert not set(held_out) & {split.texts[i] for i in np.flatnonzero(kept)}
         asked.append(np.flatnonzero(~kept))

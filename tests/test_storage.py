@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from tiny import object_store
@@ -164,6 +165,27 @@ def test_the_last_file_goes_up_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             (stage / name).write_text(name)
         folder.publish(stage, "x", last="a-manifest")
     assert order == ["x/b", "x/z", "x/a-manifest"]
+
+
+def test_a_write_that_cannot_begin_leaves_what_was_there(tmp_path: Path) -> None:
+    """An object store that is away for a moment must not cost a run its history."""
+    folder = object_store(tmp_path)
+    folder.write("history.jsonl", "old")
+
+    class Away:
+        def __init__(self, store: Any) -> None:
+            self._store = store
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._store, name)
+
+        def open_output_stream(self, *_: Any, **__: Any) -> NoReturn:
+            raise OSError("connection lost")
+
+    folder._fs = Away(folder._fs)
+    with pytest.raises(StorageError, match="connection lost"):
+        folder.write("history.jsonl", "new")
+    assert folder.read_text("history.jsonl") == "old"
 
 
 @BOTH
