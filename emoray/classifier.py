@@ -157,7 +157,9 @@ def find_model(location: str) -> Storage:
         return folder / checkpoint.BEST
     if not folder.exists():
         near = _neighbours(location)
-        raise CheckpointError(f"{location}: no such folder{near}; give a run's folder, its best/, or a checkpoint")
+        raise CheckpointError(
+            f"{location}: no such folder{near}; give a run's folder or name, its best/, or a checkpoint"
+        )
     if folder.exists(checkpoint.FOLDER):
         raise CheckpointError(
             f"{location}: this run isn't finished, so it has no best/ yet; give one of its checkpoints"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -307,10 +308,12 @@ def predict(
 
     The same command goes on where it was stopped.
     """
-    overrides = [given for given in inputs if given.startswith("workers.") and "=" in given]
+    overrides = [given for given in inputs if re.match(r"[a-z]+\.[a-z_]+=", given)]
     sources = [given for given in inputs if given not in overrides]
     if not sources:
         raise typer.BadParameter("names no input", param_hint="INPUT")
+    if others := [given for given in overrides if not given.startswith("workers.")]:
+        raise typer.BadParameter(f"'{others[0]}' means nothing here: only workers.* can be overridden")
 
     from emoray.config import load
     from emoray.console import ScoringDisplay, out
@@ -508,6 +511,9 @@ def _fail(message: str) -> None:
 def main() -> None:
     """Entry point of the `emoray` command."""
     with _mendable_errors():
+        for argument in sys.argv[1:]:
+            if re.match(r"--[a-z]+\.[a-z_.]+=", argument):  # as other trainers have it; typer only says no such option
+                raise EmorayError(f"{argument}: overrides have no dashes: write {argument.lstrip('-')}")
         app(prog_name="emoray")
 
 

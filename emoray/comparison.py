@@ -137,9 +137,7 @@ def on_same_rows(models: tuple[Classifier, Classifier], names: tuple[str, str], 
     scored = score_on(first, rows)
     logits, tokens = second.logits(rows.texts)
     logits = logits[:, [second.labels.index(label) for label in first.labels]]
-    other = Scored.of(
-        rows.name, first.labels, rows.texts, rows.labels, logits, tokens, second.calibration, rows.languages
-    )
+    other = Scored.of(rows, first.labels, logits, tokens, second.calibration)
     found = compare(scored, other, names)
     return replace(found, recipe=recipe_differences(first.facts, second.facts))
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from emoray.errors import ConfigError
-from emoray.wording import nearest
+from emoray.wording import closest, listing, nearest
 
 
 def _refuse_bool(value: object) -> object:
@@ -63,9 +63,13 @@ def load_as(schema: type[C], path: str | Path | None, overrides: Iterable[str] =
     Raises:
         ConfigError: with every problem found.
     """
-    tree = read_yaml(path) if path is not None else {}
+    overrides, subject = list(overrides), "config" if path is None else str(path)
+    tree = {} if path is None else read_yaml(path)
     problems = override_tree(tree, overrides)
-    return validate(tree, schema, str(path) if path is not None else "config", problems)
+    try:
+        return validate(tree, schema, subject, problems)
+    except ConfigError as error:
+        raise blame(subject, overrides, error.problems) from None
 
 
 def override(config: C, overrides: Iterable[str], subject: str = "config") -> C:
@@ -76,6 +80,19 @@ def override(config: C, overrides: Iterable[str], subject: str = "config") -> C:
     """
     tree = config.model_dump(mode="json")
     return validate(tree, type(config), subject, override_tree(tree, overrides))
+
+
+def blame(subject: str, overrides: Sequence[str], problems: list[str]) -> ConfigError:
+    """The error of a file with overrides on it, named after what is to be mended: the file, the overrides, or both."""
+    beginnings: list[str] = []
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        section, _, name = key.partition(".")
+        beginnings += [f"'{text}'", f"{key}:", f"{key}.", f"{section}: {name}", f"{section}: unknown"]
+    theirs = [problem for problem in problems if problem.startswith(tuple(beginnings))]
+    if theirs:
+        subject = "overrides" if len(theirs) == len(problems) else f"{subject} and overrides"
+    return ConfigError(subject, problems)
 
 
 class _NoKeyTwice(yaml.SafeLoader):
@@ -99,6 +116,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: it can't be read, or is not YAML with sections.
     """
+    if Path(path).suffix not in (".yaml", ".yml"):
+        remedy = f"give one, e.g. configs/emotion.yaml; data goes into an override, data.dataset={path}"
+        raise ConfigError(str(path), [f"is not a config, whose name ends in .yaml: {remedy}"])
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -175,12 +195,14 @@ def _sentences(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         path, owner = _locate(item["loc"], schema)
         if item["type"] in ("extra_forbidden", "invalid_key"):
             kind = "section" if owner is schema else "key"
-            sentence = f"unknown {kind}{_suggest(path, owner, schema)}"
+            names = f"; there are {listing(list(owner.model_fields), 50)}"
+            sentence = f"unknown {kind}{_suggest(path, owner, schema) or names}"
         elif not path:
             sentence = str(item["msg"]).removeprefix("Value error, ")
         else:
             rule = _RULES.get(item["type"]) or re.sub("^(Value error, |Input |String )", "", str(item["msg"]))
-            sentence = f"is {item['input']!r}, but {rule}" if not isinstance(item["input"], (dict, Section)) else rule
+            value = "null" if item["input"] is None else repr(item["input"])
+            sentence = rule if isinstance(item["input"], (dict, Section)) else f"is {value}, but {rule}"
         found.setdefault(path, [])
         if sentence not in found[path]:
             found[path].append(sentence)
@@ -192,6 +214,12 @@ _RULES = {
     "model_type": "must be a section of 'key: value' lines",
     "string_pattern_mismatch": "must be letters, digits, '.', '-' and '_' (1 to 100, the first a letter or digit)",
     "tuple_type": "must be a list",
+    "too_long": "holds too many",
+    "dict_type": "must be a section of 'key: value' lines",
+    "string_type": "must be text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
 }
 
 
@@ -216,18 +244,16 @@ def _locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, t
 
 
 def _suggest(path: str, owner: type[BaseModel], schema: type[BaseModel]) -> str:
-    """The nearest key in the same section, else the section that has a key of this very name."""
-    name = path.rsplit(".", 1)[-1]
-    for section, field in schema.model_fields.items():
-        other = field.annotation
-        if (
-            isinstance(other, type)
-            and issubclass(other, BaseModel)
-            and other is not owner
-            and name in other.model_fields
-        ):
-            return f" (did you mean '{section}.{name}'?)"
-    return nearest(name, owner.model_fields)
+    """A key of this very name in another section, else the nearest one in the same section, else in the others."""
+    name, elsewhere = path.rsplit(".", 1)[-1], {}
+    for section in filter(lambda key: _is_section(schema, key), schema.model_fields):
+        other: Any = schema.model_fields[section].annotation
+        if other is not owner:
+            elsewhere.update({key: f"{section}.{key}" for key in other.model_fields})
+    if name not in elsewhere and (here := nearest(name, owner.model_fields)):
+        return here
+    there = closest(name, elsewhere)
+    return f" (did you mean '{elsewhere[there]}'?)" if there else ""
 
 
 def plain(value: Any) -> str:

@@ -39,9 +39,10 @@ class SliceScore(TypedDict):
 
 
 class WrongRow(TypedDict):
-    """A row that the model gets wrong: its place in the split, and how sure the model was."""
+    """A row that the model gets wrong: its place in the split, its number in the file, and how sure the model was."""
 
     row: int
+    number: int
     text: str
     true: str
     predicted: str
@@ -63,6 +64,7 @@ class Scored:
         truncated: bool [n], whether the text was cut at the model's maximum length.
         calibration: how logits become probabilities, wherever these are shown.
         languages: of each text, n of them; None where they aren't known.
+        numbers: int64 [n], the line (Parquet and Hub: row) of each in its file, from 1; None counts them here.
 
     Raises:
         ValueError: lengths that differ, no rows, or ids outside the labels.
@@ -78,22 +80,25 @@ class Scored:
     truncated: Array = field(repr=False)
     calibration: Calibration = NO_CALIBRATION
     languages: list[str] | None = field(default=None, repr=False)
+    numbers: Array | None = field(default=None, repr=False)
 
     @classmethod
     def of(
-        cls,
-        split: str,
-        labels: tuple[str, ...],
-        texts: list[str],
-        targets: Array,
-        logits: Array,
-        tokens: Tokens,
-        calibration: Calibration,
-        languages: list[str] | None = None,
+        cls, rows: data.Split, labels: tuple[str, ...], logits: Array, tokens: Tokens, calibration: Calibration
     ) -> Scored:
-        """As the class itself, with lengths and cuts taken from the texts' tokens."""
-        lengths, truncated = tokens.lengths.astype(np.int32), np.array(tokens.truncated)
-        return cls(split, labels, texts, targets, logits, lengths, truncated, calibration, languages)
+        """What a model says of a split whose label ids are those of `labels`."""
+        return cls(
+            split=rows.name,
+            labels=labels,
+            texts=rows.texts,
+            targets=rows.labels,
+            logits=logits,
+            tokens=tokens.lengths.astype(np.int32),
+            truncated=np.array(tokens.truncated),
+            calibration=calibration,
+            languages=rows.languages,
+            numbers=rows.rows,
+        )
 
     def __post_init__(self) -> None:
         metrics.check(self.logits, self.targets)
@@ -118,6 +123,10 @@ class Scored:
     def predicted(self) -> Array:
         """int64 [n], the ids of the highest logits."""
         return np.asarray(self.logits.argmax(1), dtype=np.int64)
+
+    def number(self, row: int) -> int:
+        """The number, from 1, of the row at a place of the split."""
+        return row + 1 if self.numbers is None else int(self.numbers[row])
 
     def metrics(self) -> dict[str, float]:
         """loss, accuracy, f1, macro_f1, ece and brier as in metrics.compute, and the number of rows."""
@@ -213,6 +222,7 @@ class Scored:
         return [
             WrongRow(
                 row=int(i),
+                number=self.number(int(i)),
                 text=self.texts[i],
                 true=self.labels[self.targets[i]],
                 predicted=self.labels[self.predicted[i]],
@@ -300,8 +310,7 @@ def rows_for(classifier: Classifier, dataset: str | None, split: str, **columns:
 def score_on(classifier: Classifier, rows: data.Split) -> Scored:
     """What a model says of rows that are labelled with its ids."""
     logits, tokens = classifier.logits(rows.texts)
-    labels, calibration = classifier.labels, classifier.calibration
-    return Scored.of(rows.name, labels, rows.texts, rows.labels, logits, tokens, calibration, rows.languages)
+    return Scored.of(rows, classifier.labels, logits, tokens, classifier.calibration)
 
 
 def as_dict(scored: Scored) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from emoray import checkpoint, evaluation, metrics, model_card, report
 from emoray.classifier import Classifier
+from emoray.data import Split
 from emoray.evaluation import Scored
 from emoray.learner import Learner
 from emoray.progress import Progress, fill_model_folder
@@ -56,7 +57,7 @@ def finish(learner: Learner, progress: Progress, attempt: Attempt) -> dict[str, 
             folder, task, learner.whole_weights(), {"validation": best, "test": results["test"]}, calibration
         )
         asked.append(report.insight(Classifier.from_folder(folder), scored["test"]))
-        (folder / "README.md").write_text(model_card.render(_card(task, results, scored, facts)), encoding="utf-8")
+        (folder / model_card.NAME).write_text(model_card.render(_card(task, results, scored, facts)), encoding="utf-8")
 
     checkpoint.write(attempt.run, checkpoint.BEST, fill, attempt.check)
     attempt.write(REPORT, report.render(_report(task, history, results, scored, facts, asked[-1])))
@@ -68,7 +69,8 @@ def finish(learner: Learner, progress: Progress, attempt: Attempt) -> dict[str, 
 def scored_part(task: Task, split: str, logits: NDArray[np.float32], calibration: metrics.Calibration) -> Scored:
     """A split's logits beside its texts and targets."""
     part = task.parts[split]
-    return Scored.of(split, task.labels, part.texts, part.targets, logits, part.tokens, calibration, part.languages)
+    rows = Split(split, part.texts, part.targets, part.rows, part.languages)
+    return Scored.of(rows, task.labels, logits, part.tokens, calibration)
 
 
 def run_facts(task: Task, progress: Progress, history: list[dict[str, Any]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from emoray.config_files import plain
 from emoray.evaluation import Scored, results_table
 from emoray.metrics import TITLES
 
+NAME = "README.md"
 _TYPES = {"accuracy": "accuracy", "f1": "f1", "macro_f1": "f1", "loss": "loss"}
 """The figures of a card, and what the Hub calls each."""
 _FEW = 100  # rows of a label below which its figures are called uncertain
@@ -85,6 +86,16 @@ def render(card: CardInput) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def renamed(text: str, name: str) -> str:
+    """A card that `render` made, under another name."""
+    _, front, body = text.split("---\n", 2)
+    content = yaml.safe_load(front)
+    content["model-index"][0]["name"] = name
+    _, begin, after = body.split("\n", 2)
+    assert begin.startswith("# ")
+    return f"---\n{_yaml(content)}---\n\n# {_cell(name)}\n{after}"
+
+
 def _front_matter(card: CardInput) -> str:
     figures = card.test.metrics()
     metrics = [{"type": kind, "name": TITLES[key], "value": round(figures[key], 6)} for key, kind in _TYPES.items()]
@@ -110,7 +121,11 @@ def _front_matter(card: CardInput) -> str:
         ],
     }
     known = {key: value for key, value in content.items() if value is not None}
-    return str(yaml.safe_dump(known, sort_keys=False, allow_unicode=True))
+    return _yaml(known)
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
 
 
 def _summary(card: CardInput) -> str:

@@ -206,7 +206,11 @@ def _label_errors(split: Scored, asked: Insight | None) -> dict[str, Any] | None
     if asked is None or isinstance(asked.label_errors, str):
         return None if asked is None else {"reason": asked.label_errors}
     found = asked.label_errors
-    return {"reason": None, "count": len(found), "rows": [(row, split.texts[row.row]) for row in found[:WORST]]}
+    return {
+        "reason": None,
+        "count": len(found),
+        "rows": [(row, split.texts[row.row], split.number(row.row)) for row in found[:WORST]],
+    }
 
 
 def _calibration(split: Scored) -> list[dict[str, Any]]:

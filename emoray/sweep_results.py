@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from emoray import checkpoint, run, sweep_report
+from emoray import checkpoint, model_card, run, sweep_report
 from emoray.config import TrainConfig
 from emoray.errors import RunError
 from emoray.metrics import EVALUATED
@@ -58,8 +58,10 @@ def _take_model(sweep: Sweep, winner: Trial, attempt: Attempt) -> None:
         def fill(folder: Path) -> None:
             left_out = shutil.ignore_patterns(checkpoint.MANIFEST, checkpoint.EXPORTS)
             shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=left_out)
-            facts = checkpoint.facts(source)
-            facts["config"]["run"]["name"] = sweep.plan.config.run.name  # what an endpoint calls the model
+            name, facts = sweep.plan.config.run.name, checkpoint.facts(source)
+            facts["config"]["run"]["name"] = name  # what an endpoint calls the model
+            card = folder / model_card.NAME
+            card.write_text(model_card.renamed(card.read_text(encoding="utf-8"), name), encoding="utf-8")
             (folder / checkpoint.FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
         checkpoint.write(attempt.run, checkpoint.BEST, fill, attempt.check)

@@ -13,7 +13,17 @@ from pydantic import Field, field_validator, model_validator
 
 from emoray import search_space
 from emoray.config import BestMetric, RunConfig, TrainConfig, column_and_sign
-from emoray.config_files import Number, PositiveInt, Section, flatten, override, override_tree, read_yaml, validate
+from emoray.config_files import (
+    Number,
+    PositiveInt,
+    Section,
+    blame,
+    flatten,
+    override,
+    override_tree,
+    read_yaml,
+    validate,
+)
 from emoray.errors import ConfigError
 from emoray.search_space import Domain
 from emoray.wording import nearest
@@ -166,7 +176,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Plan:
     Raises:
         ConfigError: with every problem found.
     """
-    tree = read_yaml(path)
+    tree, overrides = read_yaml(path), list(overrides)
     for section in ("search", *_SHARED):
         if isinstance(tree.get(section), dict):
             tree[section] = _nested(tree[section])
@@ -192,7 +202,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Plan:
     if config is not None:
         problems += _disagreements(config.tune, domains, base)
     if config is None or base is None or problems:
-        raise ConfigError(str(path), problems)
+        raise blame(str(path), overrides, problems)
     plan = Plan(config, base, tuple(domains))
     _must_go_together(plan, str(path))
     return plan

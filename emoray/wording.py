@@ -26,8 +26,17 @@ def listing(names: Sequence[Any], most: int = 10) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known name, else an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    close = closest(name, names)
+    return f" (did you mean '{close}'?)" if close else ""
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The known name that ends in this one (`batch_size`), or is spelt most like it, or has it as initials (`lr`)."""
+    known = list(names)
+    close = [each for each in known if each.endswith(f"_{name}")]
+    close += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close += [each for each in known if "".join(word[:1] for word in each.split("_")) == name]
+    return close[0] if close else None
 
 
 def clock(seconds: float) -> str:

@@ -79,6 +79,26 @@ def unknown_key(place: Place) -> Command:
     return place.train(config="training: {learning_rte: 0.1}")
 
 
+@bad("overrides: 2 problems", "lr: unknown section (did you mean 'training.learning_rate'?)", "'train_batch_size'?")
+def override_that_is_misspelt(place: Place) -> Command:
+    return place.train("lr=3e-5", "training.batch_size=8")
+
+
+@bad("config.yaml and overrides: 2 problems", "training.learning_rte: unknown key", "lr: unknown section")
+def wrong_in_file_and_override(place: Place) -> Command:
+    return place.train("lr=3e-5", config="training: {learning_rte: 0.1}")
+
+
+@bad("--training.seed=3: overrides have no dashes: write training.seed=3")
+def override_with_dashes(place: Place) -> Command:
+    return place.train("--training.seed=3")
+
+
+@bad("is not a config, whose name ends in .yaml", "data.dataset=")
+def data_instead_of_a_config(place: Place) -> Command:
+    return ["train", str(place.data)]
+
+
 @bad("trainnig: unknown section", "did you mean 'training'?")
 def unknown_section(place: Place) -> Command:
     return place.train(config="trainnig: {learning_rate: 0.1}")
@@ -94,7 +114,7 @@ def key_that_is_a_number(place: Place) -> Command:
     return place.train(config="training: {7: 0.1}")
 
 
-@bad("training.logging_steps: is 'often', but should be a valid integer")
+@bad("training.logging_steps: is 'often', but must be a whole number")
 def wrong_type(place: Place) -> Command:
     return place.train(config="training: {logging_steps: often}")
 
@@ -152,7 +172,7 @@ def missing_config(place: Place) -> Command:
     return [command[0], command[1].replace("config", "confg"), *command[2:]]
 
 
-@bad("can't be read", "directory")
+@bad("is not a config, whose name ends in .yaml")
 def folder_for_a_config(place: Place) -> Command:
     return ["train", str(place.folder)]
 
@@ -459,7 +479,7 @@ def model_for_other_labels(place: Place) -> Command:
 # Trained models
 
 
-@bad("no such folder", "did you mean 'tiny'", "give a run's folder, its best/, or a checkpoint")
+@bad("no such folder", "did you mean 'tiny'", "give a run's folder or name, its best/")
 def no_such_model(place: Place) -> Command:
     return ["classify", str(place.run.parent / "tyni"), "tea"]
 

@@ -212,7 +212,7 @@ def test_worst_errors_are_shown_and_escaped(page: Page, html: str) -> None:
     top = probabilities.max(1)
     order = sorted(np.flatnonzero(predicted != test.targets), key=lambda i: -top[i])[:20]
     assert page.table("Text") == [
-        [f"{NASTY} {i}", LABELS[test.targets[i]], LABELS[predicted[i]], f"{top[i]:.3f}", str(i)] for i in order
+        [f"{NASTY} {i}", LABELS[test.targets[i]], LABELS[predicted[i]], f"{top[i]:.3f}", str(i + 1)] for i in order
     ]
     assert "<script" not in html
     assert "&lt;script&gt;" in html
@@ -250,8 +250,8 @@ def test_doubted_rows_are_listed_or_said_why_not() -> None:
     assert "2 of 300 rows of test have a label" in " ".join(html.split())
     test, _, _ = _test()
     assert Page(html).table("Doubted text") == [
-        [test.texts[5], "joy", "love", "0.010", "5"],
-        [test.texts[7], "love", "joy", "0.200", "7"],
+        [test.texts[5], "joy", "love", "0.010", "6"],
+        [test.texts[7], "love", "joy", "0.200", "8"],
     ]
     assert "None found on test" in render(dataclasses.replace(whole(), insight=Insight({}, [])))
     assert "needs &lt;x&gt;" in render(dataclasses.replace(whole(), insight=Insight({}, "needs <x>")))

@@ -279,6 +279,7 @@ def test_the_winner_s_model_has_the_sweep_s_name_and_no_exports(trained_run: Pat
     """Only what the manifest lists travels: an export is made anew where the model is served."""
     folder = Storage(str(tmp_path))
     winner = Trial("0000", {})
+    card = (trained_run / "best" / "README.md").read_text()
     shutil.copytree(trained_run / "best", tmp_path / winner.folder / "best")
     exported = tmp_path / winner.folder / "best" / "onnx" / "fp32"
     exported.mkdir(parents=True)
@@ -288,4 +289,7 @@ def test_the_winner_s_model_has_the_sweep_s_name_and_no_exports(trained_run: Pat
     sweep_results._take_model(sweeped, winner, Attempt.begin(folder, {"recipe": {}}))
     checkpoint.verify(tmp_path / "best")
     assert checkpoint.facts(tmp_path / "best")["config"]["run"]["name"] == sweeped.plan.config.run.name
+    assert sweeped.plan.config.run.name == "sweep" and "# tiny\n" in card and "- name: tiny\n" in card
+    renamed = card.replace("# tiny\n", "# sweep\n").replace("- name: tiny\n", "- name: sweep\n")
+    assert (tmp_path / "best" / "README.md").read_text() == renamed
     assert "onnx" not in folder.names("best") and not folder.exists(f"{winner.folder}/best")

@@ -178,7 +178,7 @@ def test_drawn_numbers_mean_the_same_when_they_are_read_from_yaml() -> None:
         ("training.num_epoch=1", "training.num_epoch: unknown key (did you mean 'num_epochs'?)"),
         ("training.evaluations_per_epoch=0", "training.evaluations_per_epoch: is 0"),
         ("base=emotoin.yaml", "no such file (did you mean 'emotion.yaml'?)"),
-        ("search=[1]", "should be a valid dictionary"),
+        ("search=[1]", "must be a section of"),
         ("run=3", "run: is 3, but must be a section"),
         ("workers.num_workers=[1, 2]", "an elastic run needs training.global_batch_size"),
     ],

@@ -27,4 +27,6 @@ def test_an_error_that_says_nothing_has_its_type_s_name() -> None:
 
 def test_the_nearest_name() -> None:
     assert nearest("learning_rat", ["learning_rate", "seed"]) == " (did you mean 'learning_rate'?)"
+    assert nearest("lr", ["labels", "learning_rate"]) == " (did you mean 'learning_rate'?)"
+    assert nearest("batch_size", ["eval_size", "train_batch_size"]) == " (did you mean 'train_batch_size'?)"
     assert nearest("zzz", ["learning_rate", "seed"]) == ""
