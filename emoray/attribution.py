@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,8 @@ _SIGNS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _MARKS = "".join(sign for sign in map(chr, range(0x300, 0x1E950)) if unicodedata.category(sign)[0] == "M")
 _PART = rf"[^\W{_SIGNS}](?:[^\W{_SIGNS}]|[{_MARKS}\u200c\u200d])*"
 _WORD = re.compile(rf"[{_SIGNS}]|{_PART}(?:['’\-]{_PART})*|[^\w\s]+")
+_AT_ONCE = 1024
+"""Texts without one of their words that are made and asked at once: of a long text there are thousands, all long."""
 _MARGIN = 1000
 """Characters behind those that the model sees that are kept: without a word, some of them move into its view."""
 
@@ -103,8 +106,10 @@ def explain(model: Model, texts: Sequence[str], labels: Sequence[str] | None = N
         return []
     occlusion = Occlusion.of(texts, model.seen(texts))
     whole, _ = model.logits(texts)
-    without = model.logits(occlusion.variants)[0] if occlusion.variants else whole[:0]
-    return occlusion.explanations(model, whole, without, labels)
+    variants, without = occlusion.variants(), [whole[:0]]
+    while some := list(islice(variants, _AT_ONCE)):
+        without.append(model.logits(some)[0])
+    return occlusion.explanations(model, whole, np.concatenate(without), labels)
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,11 @@ class Occlusion:
         spans = [[m.span() for m in _WORD.finditer(text[:end])] for text, end in zip(texts, seen, strict=True)]
         return cls(texts, spans, seen)
 
-    @property
-    def variants(self) -> list[str]:
+    def variants(self) -> Iterator[str]:
         """Each text without each of its words in turn, text by text, and little of what the model doesn't see."""
-        return [
-            text[:start] + text[end : seen + (end - start) + _MARGIN]
-            for text, found, seen in zip(self.texts, self.spans, self.seen, strict=True)
-            for start, end in found
-        ]
+        for text, found, seen in zip(self.texts, self.spans, self.seen, strict=True):
+            for start, end in found:
+                yield text[:start] + text[end : seen + (end - start) + _MARGIN]
 
     def explanations(
         self, model: Decoder, whole: Array, without: Array, labels: Sequence[str] | None = None

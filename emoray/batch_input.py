@@ -17,7 +17,7 @@ from emoray.batch_rows import Lines, Piece, footer_digest, read_rows
 from emoray.data_files import NOT_DATA
 from emoray.data_formats import FORMATS, NOT_UTF8, ONE_ARRAY, delimiter_of, is_utf16, suffix_of
 from emoray.errors import DataError
-from emoray.storage import Storage, absolute
+from emoray.storage import Storage, absolute, below, split_name, split_options
 from emoray.wording import first_line, listing, nearest
 
 _READ = {suffix: kind for suffix, kind in FORMATS.items() if kind != "txt"}
@@ -94,24 +94,25 @@ def find(sources: Sequence[str]) -> list[File]:
 def _find(source: str, problems: list[str]) -> list[File]:
     location = absolute(source)
     storage = Storage(location)
+    (place, options), (_, name) = split_options(location), split_name(location)
     if storage.is_file():
-        kind = _READ.get(suffix_of(location))
+        kind = _READ.get(suffix_of(name))
         if kind is None:
-            problems.append(f"'{source}' ends in '{suffix_of(location)}', but only {listing(list(_READ))} are read")
+            problems.append(f"'{source}' ends in '{suffix_of(name)}', but only {listing(list(_READ))} are read")
             return []
         with storage.opened() as stream:
-            return [File(location.rsplit("/", 1)[-1], location, kind, stream.size())]
+            return [File(name, location, kind, stream.size())]
     pattern = None
-    if not storage.exists() and (magic := _MAGIC.search(location)) is not None:
-        base, pattern = location[: magic.start()].rsplit("/", 1)[0], location
-        storage = Storage(base)
+    if not storage.exists() and (magic := _MAGIC.search(place)) is not None:
+        pattern = place
+        storage = Storage(place[: magic.start()].rsplit("/", 1)[0] + options)
     if not storage.exists():
         problems.append(f"'{source}': there is no such file or folder")
         return []
     files = [
-        File(name, f"{storage.location}/{name}", _READ[suffix_of(name)], size)
+        File(name, below(storage.location, name), _READ[suffix_of(name)], size)
         for name, size in sorted(storage.files().items())
-        if suffix_of(name) in _READ and not _hidden(name) and _matches(f"{storage.location}/{name}", pattern)
+        if suffix_of(name) in _READ and not _hidden(name) and _matches(below(storage.location, name), pattern)
     ]
     if not files:
         problems.append(f"'{source}': holds no file that ends in {listing(list(_READ))}")
@@ -130,7 +131,7 @@ def _hidden(name: str) -> bool:
 
 def _matches(location: str, pattern: str | None) -> bool:
     """Shell-like: a folder that matches is taken with all it holds, and ** is any number of folders."""
-    return pattern is None or _fits(location.split("/"), pattern.rstrip("/").split("/"))
+    return pattern is None or _fits(split_options(location)[0].split("/"), pattern.split("/"))
 
 
 def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
@@ -144,7 +145,7 @@ def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
 
 def takes_in(source: str, location: str) -> bool:
     """Whether a file at that place would be found behind `source`."""
-    source = absolute(source).rstrip("/")
+    source, location = split_options(absolute(source))[0], split_options(location)[0]
     return location == source or location.startswith(f"{source}/") or _matches(location, source)
 
 

@@ -13,7 +13,7 @@ from emoray.batch_input import takes_in
 from emoray.data_formats import FORMATS, suffix_of
 from emoray.errors import ConfigError, DataError, RunExistsError
 from emoray.run import ATTEMPTS, Attempt, read_json
-from emoray.storage import Storage, absolute
+from emoray.storage import Storage, absolute, below, split_name, split_options
 
 KINDS = set(FORMATS.values()) - {"txt"}
 SUMMARY = "summary.json"
@@ -38,16 +38,16 @@ class Output:
     """
 
     def __init__(self, location: str, kind: str | None, of_input: str) -> None:
-        self.location = absolute(location).rstrip("/")
-        folder, _, self._name = self.location.rpartition("/")
+        self.location = "".join(split_options(absolute(location)))
+        folder, self._name = split_name(self.location)
         suffix = FORMATS.get(suffix_of(self._name))
         self.is_file = suffix in KINDS
         if self.is_file and kind not in (None, suffix):
             raise ConfigError("--output", [f"'{location}' is {suffix} by its name, but --format is {kind}: change one"])
         self.kind = kind or (suffix if self.is_file and suffix else of_input)
-        self._folder = Storage(folder or "/")
-        self.home = Storage(f"{self.location}.emoray" if self.is_file else f"{self.location}/_emoray")
-        self.parts = Storage(f"{self.home.location}/{_PARTS}" if self.is_file else self.location)
+        self._folder = Storage(folder)
+        self.home = self._folder / (f"{self._name}.emoray" if self.is_file else f"{self._name}/_emoray")
+        self.parts = self.home / _PARTS if self.is_file else Storage(self.location)
 
     def part(self, number: int) -> str:
         return f"part-{number:05d}.{self.kind}"
@@ -57,7 +57,7 @@ class Output:
 
     def must_be_usable(self, sources: Sequence[str], on_existing: str) -> None:
         """Raises an error where the output would be input, would cover what isn't ours, or can't be written."""
-        inside = [self.location, f"{self.location}/{self.part(0)}"]
+        inside = [self.location, below(self.location, self.part(0))]
         for source in sources:
             if any(takes_in(source, location) for location in inside):
                 raise DataError(self.location, [f"lies in the input '{source}': choose another place for --output"])

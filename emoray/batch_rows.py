@@ -131,12 +131,7 @@ def _jsonl_rows(lines: Lines) -> Iterator[Row]:
             yield Row({}, fault or f"line {lines.number} holds JSON that is not an object")
 
 
-_LONGEST = 1 << 24
-"""Characters of a csv field; by Python's own limit, 131,072, a long text would end its row."""
-
-
 def _csv_rows(lines: Lines, names: tuple[str, ...], delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(_LONGEST)
     for _, record in records(csv.reader(lines, delimiter=delimiter, strict=True)):
         fault = lines.take_fault()
         if isinstance(record, csv.Error):

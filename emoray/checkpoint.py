@@ -65,7 +65,8 @@ def write(run: Storage, name: str, fill: Callable[[Path], None], may_write: Call
             run.sync(stage)  # takes seconds, after which `may_write` is asked
         except (OSError, SafetensorError, StorageError) as error:
             may_write()  # a newer attempt sweeps away what is half written: that is not the disk's fault
-            raise StorageError(f"{run.location}/{name}: can't be written: {error}") from error
+            passing = error.passing if isinstance(error, StorageError) else False
+            raise StorageError(f"{run.location}/{name}: can't be written: {error}", passing) from error
         may_write()
         run.publish(stage, name, last=MANIFEST)
 

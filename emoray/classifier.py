@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +65,26 @@ class Classifier:
             CheckpointError: a file is damaged or missing, or it is not a model that emoray trained.
             ModelError: it can't be loaded, or the engine has no export of it.
         """
-        return cls.from_folder(checkpoint.fetch(find_model(os.fspath(location))), device, engine, threads)
+        model = find_model(os.fspath(location))
+        return cls.from_copy(model, checkpoint.fetch(model), device, engine, threads)
+
+    @classmethod
+    def from_copy(
+        cls,
+        model: Storage,
+        folder: Path,
+        device: str | None = None,
+        engine: Wanted = "torch",
+        threads: int | None = None,
+    ) -> Classifier:
+        """As `load`, for what `checkpoint.fetch` gave of a model: where that is a copy, it goes with the classifier."""
+        try:
+            classifier = cls.from_folder(folder, device, engine, threads)
+        except BaseException:
+            checkpoint.release(model, folder)
+            raise
+        weakref.finalize(classifier, checkpoint.release, model, folder)
+        return classifier
 
     @classmethod
     def from_folder(

@@ -70,12 +70,13 @@ def quickstart() -> None:
     from emoray import quickstart as small
     from emoray.config import load
     from emoray.console import out
+    from emoray.storage import below
 
     config = load(small.config_path(), ["run.on_existing=replace"])
     small.make_encoder(Path(config.model.pretrained))
     _train(config, as_json=False)
     out("\nThree sentences, classified:")
-    _print_predictions(f"{config.run.storage_path}/{config.run.name}", list(small.SENTENCES))
+    _print_predictions(below(config.run.storage_path, config.run.name), list(small.SENTENCES))
 
 
 @_command("emoray train configs/emotion.yaml run.name=mine training.learning_rate=3e-5")
@@ -95,13 +96,14 @@ def _train(config: TrainConfig, as_json: bool) -> None:
     from emoray.evaluation import results_table
     from emoray.on_ray.train import train as train_on_ray
     from emoray.run import REPORT
+    from emoray.storage import below
 
     with TrainingDisplay() as display:
         results = train_on_ray(config, display)
     out(json.dumps(results) if as_json else "\n" + results_table(results).rstrip())
     if not as_json:
-        folder = f"{config.run.storage_path}/{config.run.name}"
-        display.say(f"Model: {folder}/{BEST}   Report: {folder}/{REPORT}")
+        folder = below(config.run.storage_path, config.run.name)
+        display.say(f"Model: {below(folder, BEST)}   Report: {below(folder, REPORT)}")
 
 
 @_command("emoray tune configs/tune.yaml model.pretrained=my-encoder/ tune.num_trials=8")
@@ -115,21 +117,22 @@ def tune(config: TuneConfig, overrides: TuneOverrides = None, as_json: Json = Fa
 
     plan = load(config, overrides or [])
     from emoray.on_ray.tune import sweep_on_ray
+    from emoray.storage import Storage, absolute, below
     from emoray.sweep_console import SweepDisplay
 
     with SweepDisplay() as display:
         results = sweep_on_ray(plan, display)
-    folder = f"{plan.config.run.storage_path}/{plan.config.run.name}"
+    folder = below(plan.config.run.storage_path, plan.config.run.name)
     if as_json:
         out(json.dumps(results))
         return
     from emoray.checkpoint import BEST
     from emoray.run import REPORT
-    from emoray.storage import Storage, absolute
     from emoray.sweep_results import BEST_CONFIG, TABLE
 
     out("\n" + Storage(absolute(folder)).read_text(TABLE).rstrip())
-    display.say(f"Config: {folder}/{BEST_CONFIG}   Model: {folder}/{BEST}   Report: {folder}/{REPORT}")
+    places = {"Config": BEST_CONFIG, "Model": BEST, "Report": REPORT}
+    display.say("   ".join(f"{title}: {below(folder, name)}" for title, name in places.items()))
 
 
 @_command("emoray show configs/emotion.yaml training.num_epochs=3")

@@ -28,6 +28,10 @@ FORMATS = {
 }
 
 
+_LONGEST = 1 << 24
+"""Characters of a csv field; by Python's own limit, 131,072, a long text would end its row."""
+
+
 class Columns(NamedTuple):
     """Names of the columns that are read."""
 
@@ -254,6 +258,7 @@ def delimiter_of(header: str, columns: Sequence[str], usual: str) -> str:
 
 def records(reader: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Records with the line they start on; the reader itself goes on after a broken one."""
+    csv.field_size_limit(_LONGEST)
     while True:
         number = reader.line_num + 1
         try:

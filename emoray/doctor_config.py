@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,21 +13,19 @@ from emoray.doctor_findings import Case, Finding, ok, problem, warning
 from emoray.doctor_machine import existing
 from emoray.errors import ConfigError, DataError, EmorayError, StorageError
 
-if TYPE_CHECKING:
-    pass
-
 _MOST_CUT = 0.05
 """Share of texts cut to max_length above which that is reported."""
 
 
 def config(case: Case) -> Iterator[Finding]:
     from emoray.config import load
+    from emoray.task import with_absolute_paths
 
     if not case.has_config:
         return
     name = case.path or "overrides"
     try:
-        case.config = load(case.path, case.overrides)
+        case.config = with_absolute_paths(load(case.path, case.overrides))
     except ConfigError as error:
         remedy = "correct these keys; emoray show CONFIG prints a config as it is understood"
         yield problem("config", "; ".join(error.problems), remedy)

@@ -12,12 +12,12 @@ import re
 import resource
 import shutil
 import socket
-import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+from emoray import local_http
 from emoray.doctor_findings import GIB, Case, Finding, gib, ok, problem, warning
 from emoray.folders import ray_temp
 from emoray.storage import HALF_DONE, is_uri
@@ -200,9 +200,11 @@ def memory(_: Case) -> Iterator[Finding]:
 
 def free_memory() -> tuple[float, float]:
     """(free, total) bytes that this process may use, by the kernel and by its cgroup, whichever has less."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024.0 for line in lines}
-    free, total = sizes["MemAvailable"], sizes["MemTotal"]
+    free = total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(FileNotFoundError):  # not on Linux
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024.0 for line in lines}
+        free, total = sizes["MemAvailable"], sizes["MemTotal"]
     for limit, used, statistics, idle in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -311,9 +313,8 @@ def _is_free(port: int) -> bool:
 
 
 def _answers(port: int, page: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://127.0.0.1:{port}{page}", timeout=1) as answer:
+        with local_http.get(f"http://127.0.0.1:{port}{page}", timeout_s=1) as answer:
             return any(word in answer.read(10_000) for word in (b"ray", b"success"))
     except (OSError, ValueError):
         return False

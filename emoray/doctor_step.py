@@ -114,8 +114,9 @@ def step(task: Task, threads: int, use_gpu: bool) -> dict[str, Any]:
 
 def _peak() -> int:
     """Most resident memory of this process so far, in bytes; `getrusage` would count that of its parent before exec."""
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    return int(match[1]) * 1024 if match else 0
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii")) if status.exists() else None
+    return int(match[1]) * 1024 if match else 0  # 0 where this isn't Linux
 
 
 if __name__ == "__main__":

@@ -59,7 +59,15 @@ class ModelError(EmorayError):
 
 
 class StorageError(EmorayError):
-    """A path or URI can't be read or written."""
+    """A path or URI can't be read or written.
+
+    Args:
+        passing: whether the same may succeed a moment later, as after an error of the network: a run is taken up again.
+    """
+
+    def __init__(self, message: str, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class CheckpointError(EmorayError):

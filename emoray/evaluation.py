@@ -16,6 +16,7 @@ import numpy as np
 
 from emoray import data, metrics, uncertainty
 from emoray.config import DataConfig, parse
+from emoray.config_files import validate
 from emoray.metrics import NO_CALIBRATION, Array, Calibration, LabelScore, Reliability
 from emoray.storage import absolute
 from emoray.tokens import Tokens
@@ -301,7 +302,7 @@ def rows_for(classifier: Classifier, dataset: str | None, split: str, **columns:
     own = config.dataset
     changes = {"labels": classifier.labels, "dataset": dataset, **columns}
     given = {key: value for key, value in changes.items() if value is not None}
-    config = DataConfig(**{**config.model_dump(), **given})
+    config = validate({**config.model_dump(), **given}, DataConfig, "columns of the data", [])
     if dataset is None or own in (dataset, absolute(dataset)):
         return data.load(config).splits[split]  # the same cut: what it was trained on is not in the other splits
     return data.load_split(config, split)

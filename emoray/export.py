@@ -80,7 +80,24 @@ def export(location: str, precisions: Sequence[Precision], data: str | None = No
         checkpoint.release(model, folder)
 
 
-def ensure(location: str, precisions: Sequence[Precision] = ("fp32", "int8"), say: Say = print) -> None:
+def ensure_for(engine: Wanted, model: Storage, folder: Path, say: Say) -> None:
+    """See to it that an engine finds its exports of a model; where they can't be made, `auto` does without.
+
+    Args:
+        model, folder: its place, and what `checkpoint.fetch` gave of it.
+
+    Raises:
+        MissingExtraError, CheckpointError, ModelError, StorageError: they can't be made for an engine that was named.
+    """
+    try:
+        ensure(model, folder, exports_for(engine), say)
+    except EmorayError as error:
+        if engine != "auto":
+            raise
+        say(f"There is no export of {model.location}: {first_line(error)}")
+
+
+def ensure(model: Storage, folder: Path, precisions: Sequence[Precision], say: Say) -> None:
     """See to it that a model has good exports, beside it or in the cache; what is damaged or stale is made anew.
 
     Where int8 can't be compared with the model on labelled data, it is noted as not accepted.
@@ -88,43 +105,17 @@ def ensure(location: str, precisions: Sequence[Precision] = ("fp32", "int8"), sa
     Raises:
         MissingExtraError, CheckpointError, ModelError, StorageError: they can't be made.
     """
-    model = find_model(location)
-    folder = checkpoint.fetch(model)
-    try:
-        _ensure(location, model, folder, precisions, say)
-    finally:
-        checkpoint.release(model, folder)
-
-
-def _ensure(location: str, model: Storage, folder: Path, precisions: Sequence[Precision], say: Say) -> None:
     if all(_is_good(folder, precision) for precision in precisions):
         return
     with _alone(cache(checkpoint.fingerprint(folder))):
         missing = [precision for precision in precisions if not _is_good(folder, precision)]
         if not missing:
             return
-        say(f"Exporting {location} for the engine onnx ({', '.join(missing)}); this is done once")
+        say(f"Exporting {model.location} for the engine onnx ({', '.join(missing)}); this is done once")
         place = model / checkpoint.EXPORTS
         if model.local_path is None or not os.access(folder, os.W_OK):
             place = Storage(str(cache(checkpoint.fingerprint(folder))))
         _write(place, folder, missing, None, say, strict=False)
-
-
-def prepare(location: str, engine: Wanted, say: Say) -> None:
-    """See to it that an engine finds its exports; where they can't be made, `auto` does without.
-
-    Raises:
-        MissingExtraError, CheckpointError, ModelError, StorageError: they can't be made for an engine that was named.
-    """
-    precisions = exports_for(engine)
-    if not precisions:
-        return
-    try:
-        ensure(location, precisions, say)
-    except EmorayError as error:
-        if engine != "auto":
-            raise
-        say(f"There is no export of {location}: {first_line(error)}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from emoray.cuda_graphs import FixedBatch
 from emoray.packed_attention import varlen_kernel_takes
 from emoray.packed_model import enable_packing, is_packable, packed_logits
 from emoray.packing import PackedBatch, pack, send
-from emoray.tokens import Tokens, split_packed, split_padded
+from emoray.tokens import Tokens, padded, split_packed, split_padded
 
 EVALUATION_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens of a batch where nothing is learned, by device: past that, a larger one only takes more memory."""
@@ -88,7 +88,9 @@ class Forward(nn.Module):
 
     def batch(self, texts: Sequence[NDArray[np.integer[Any]]]) -> PackedBatch | PaddedBatch:
         """Token ids, one array a text, as tensors on the CPU."""
-        return pack(texts) if self.packed else _pad(texts, self._pad_id())
+        if self.packed:
+            return pack(texts)
+        return PaddedBatch(*map(torch.from_numpy, padded(texts, self._pad_id())))
 
     def _pad_id(self) -> int:
         # The table's own padding row, which is not config.pad_token_id while the vocabulary is compact.
@@ -103,14 +105,6 @@ class Forward(nn.Module):
             else:
                 logits = packed_logits(self.model, batch)
         return logits.float()
-
-
-def _pad(texts: Sequence[NDArray[np.integer[Any]]], pad_id: int) -> PaddedBatch:
-    lengths = np.array([len(text) for text in texts])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = np.concatenate(texts)
-    return PaddedBatch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
 
 
 @torch.inference_mode()

@@ -126,7 +126,7 @@ def out_of_sample(
 
     training = config.training.model_copy(update={"checkpoint_every_minutes": None, "keep_checkpoints": 1})
     task, split = prepare(config.model_copy(update={"training": training}), say, dataset), dataset.splits["train"]
-    state = model.load(config.model, task.labels, config.training.seed).state_dict()
+    state = model.load(task.config.model, task.labels, config.training.seed).state_dict()
     device = compute_on(config.workers.use_gpu is not False, config.workers.cpus_per_worker)
     fold = deal(split.texts, split.labels, FOLDS)
     probabilities = np.empty((len(fold), len(task.labels)))

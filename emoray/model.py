@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from emoray import hub
+from emoray import data_hub, hub
 from emoray.config import ModelConfig, TrainingConfig
 from emoray.errors import ModelError
 from emoray.packed_model import first_position
@@ -119,17 +119,21 @@ def load(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrainedMod
 
 
 def _refuse_gaps(pretrained: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
-    """Raises ModelError where weights of the encoder itself would be random; a head and a pooler may be new."""
+    """Raises ModelError where weights of the encoder itself would be random.
+
+    A head may be new, also where there is one of another number of labels; so may a pooler.
+    """
+
+    def is_encoder(name: str) -> bool:
+        return name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
+
     for name, there, wanted in sorted(found["mismatched_keys"]):
-        raise ModelError(
-            f"{pretrained}: the weights don't fit: {name} has the shape {list(there)}, but must have {list(wanted)} "
-            "by config.json and the number of labels"
-        )
-    lost = [
-        name
-        for name in sorted(found["missing_keys"])
-        if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
-    ]
+        if is_encoder(name):
+            raise ModelError(
+                f"{pretrained}: the weights don't fit: {name} has the shape {list(there)}, but must have "
+                f"{list(wanted)} by config.json: give a whole copy"
+            )
+    lost = [name for name in sorted(found["missing_keys"]) if is_encoder(name)]
     if lost:
         raise ModelError(
             f"{pretrained}: {len(lost)} of the encoder's weights are missing, {lost[0]} first: give a whole copy, "
@@ -204,14 +208,24 @@ def _errors(pretrained: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = first_line(error).rstrip(".")
         if os.path.isdir(pretrained):
-            reason = first_line(error).rstrip(".")
-            raise ModelError(
-                f"{pretrained}: the {what} can't be loaded from this folder: {reason}; give a whole Hugging Face folder"
-            ) from None
-        raise ModelError(
-            f"{pretrained}: no such folder here, and its {what} couldn't be fetched from the Hub. {hub.REMEDY}"
-        ) from None
+            found = f"the {what} can't be loaded from this folder: {reason}; give a whole Hugging Face folder"
+        elif hub.reachable() and data_hub.is_id(pretrained):
+            found = (
+                f"no such folder here, and the Hub has no {what} of it that can be loaded: {reason}. Correct "
+                "model.pretrained; for a private or gated one log in (hf auth login)"
+            )
+        elif _is_missing(error) or not data_hub.is_id(pretrained):
+            found = f"no such folder here, and its {what} couldn't be fetched from the Hub. {hub.REMEDY}"
+        else:
+            found = f"the {what} of its cached copy can't be loaded: {reason}"
+        raise ModelError(f"{pretrained}: {found}") from None
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether transformers found no cached copy while it might look at nothing else."""
+    return isinstance(error, OSError) and any(word in str(error) for word in ("connect", "cached", "local_files_only"))
 
 
 def _local_only(pretrained: str) -> bool:

@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from emoray import local_http
 from emoray.errors import ClusterError
 from emoray.folders import cache_folder, ray_temp
 
@@ -96,7 +96,7 @@ def _until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/-/ready", timeout=5):
+            with local_http.get(f"{url}/-/ready", timeout_s=5):
                 if process.poll() is None:  # else another one answers there
                     return
         except OSError:

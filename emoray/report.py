@@ -28,6 +28,8 @@ WORST = 20
 """Rows shown of the worst errors, and of the likeliest label errors."""
 WORDS = 5
 """Words of a text that are marked."""
+LEAST_TOKENS = 50_000
+"""Tokens that finding these words may cost on a small split; on others as many as the split has: it is scored twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +73,14 @@ class Insight:
 
 
 def insight(classifier: Classifier, scored: Scored) -> Insight:
-    """Ask a model for the words behind its worst errors, and which labels of the split it doubts."""
+    """Ask a model for the words behind its worst errors, and which labels of the split it doubts.
+
+    A word costs its whole text once more, so that of long texts only the first few are explained.
+    """
     worst = scored.worst(WORST)
     rows = [line["row"] for line in worst]
+    cost = np.cumsum(scored.tokens[rows].astype(np.int64) ** 2)
+    worst = worst[: int((cost <= max(LEAST_TOKENS, scored.tokens.sum())).sum())]
     explanations = classifier.explain([line["text"] for line in worst], [line["predicted"] for line in worst])
     doubts: Sequence[LabelError] | str
     if scored.split == "train":
@@ -83,7 +90,7 @@ def insight(classifier: Classifier, scored: Scored) -> Insight:
             doubts = label_errors.find(scored.labels, scored.targets, scored.probabilities)
         except MissingExtraError as error:
             doubts = str(error)
-    return Insight(dict(zip(rows, explanations, strict=True)), doubts)
+    return Insight(dict(zip(rows, explanations, strict=False)), doubts)
 
 
 def of_evaluation(classifier: Classifier, scored: Scored) -> ReportInput:
@@ -179,7 +186,7 @@ def _detail(split: Scored, asked: Insight | None) -> dict[str, Any]:
         "by_confidence": split.by_confidence(),
         "ece_range": split.calibrated_ece_range(),
         "worst": [_with_words(row, explanations.get(row["row"])) for row in split.worst(WORST)],
-        "explained": bool(explanations),
+        "explained": len(explanations),
         "label_errors": _label_errors(split, asked),
     }
 

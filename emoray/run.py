@@ -19,7 +19,7 @@ from typing import IO, Any
 from emoray.config import RunConfig, column_and_sign
 from emoray.config_files import flatten
 from emoray.errors import FencedError, RunError, RunExistsError, StorageError
-from emoray.storage import Storage, absolute
+from emoray.storage import Storage, absolute, may_pass
 
 ATTEMPTS = "attempts"
 HISTORY = "history.jsonl"
@@ -27,6 +27,7 @@ RESULTS = "results.json"
 CONFIG = "config.yaml"
 REPORT = "report.html"
 _MOST_CHANGES = 30
+_LOOK_EVERY_S = 2.0
 _CLEARED = "cleared"
 """Marks an attempt that only fences others off: it has no recipe that a later one could differ from."""
 
@@ -144,6 +145,24 @@ class Attempt:
         self.run.write(name, content)
 
 
+class Lease:
+    """Looks now and then whether an attempt still owns its run; a storage that is away for a moment is forgiven.
+
+    Whoever writes asks again, and isn't.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt, self._looked = attempt, time.monotonic()
+
+    def look(self) -> None:
+        """Raises FencedError where a newer attempt has taken the run over; asks only every few seconds."""
+        if time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        with suppress(StorageError):
+            self._attempt.check()
+
+
 def _claim(run: Storage, content: Mapping[str, Any], successor_of: Attempt | None = None) -> int:
     """Write the next attempt's file, so that it owns the run.
 
@@ -244,7 +263,9 @@ class History:
             stream, self._stream = self._stream, None
             with suppress(OSError):  # it would try to write the rest once more
                 stream.close()
-            raise StorageError(f"{self._attempt.run.location}/{HISTORY}: can't be written: {error}") from error
+            raise StorageError(
+                f"{self._attempt.run.location}/{HISTORY}: can't be written: {error}", may_pass(error)
+            ) from error
 
     def flush(self) -> None:
         """Write the whole history, unless a newer attempt owns the run."""
@@ -262,7 +283,9 @@ class History:
         try:
             os.fsync(stream.fileno())
         except OSError as error:
-            raise StorageError(f"{self._attempt.run.location}/{HISTORY}: can't be written: {error}") from error
+            raise StorageError(
+                f"{self._attempt.run.location}/{HISTORY}: can't be written: {error}", may_pass(error)
+            ) from error
 
     def close(self) -> None:
         if self._stream is not None:

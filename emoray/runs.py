@@ -1,4 +1,4 @@
-"""All runs of a storage path beside each other: state, figures, time, and the config keys in which they differ."""
+"""All runs and sweeps of a storage path beside each other: state, figures, time, and where their configs differ."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from emoray import checkpoint, run
+from emoray import checkpoint, run, sweep
 from emoray.config import parse
 from emoray.config_files import plain
 from emoray.errors import EmorayError, StorageError
-from emoray.storage import Storage, absolute
-from emoray.wording import clock
+from emoray.storage import Storage, absolute, split_name
+from emoray.wording import clock, count
 
 _SHOWN = (("validation", "f1"), ("validation", "accuracy"), ("test", "f1"), ("test", "accuracy"))
 
@@ -34,6 +34,7 @@ class RunSummary:
         test: figures of the test split; empty before the end.
         recipe: dotted config keys and the data's fingerprint, all that decides the weights.
         problem: what is wrong, where it is damaged.
+        trials: how many trials a sweep has had so far, whose winner the figures are of; None for a run.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RunSummary:
     test: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
+    trials: int | None = None
 
 
 def read(storage_path: str) -> list[RunSummary]:
@@ -61,7 +63,7 @@ def read(storage_path: str) -> list[RunSummary]:
     if not place.exists():
         raise StorageError(f"{storage_path}: no such folder; give the run.storage_path of your runs")
     if place.exists(run.ATTEMPTS):
-        return [_summary(place, place.location.rsplit("/", 1)[-1])]
+        return [_summary(place, split_name(place.location)[1])]
     found = [_summary(place / name, name) for name in place.names() if place.exists(f"{name}/{run.ATTEMPTS}")]
     if not found:
         raise StorageError(f"{storage_path}: holds no run; give the run.storage_path of your runs")
@@ -70,6 +72,8 @@ def read(storage_path: str) -> list[RunSummary]:
 
 def _summary(folder: Storage, name: str) -> RunSummary:
     try:
+        if folder.exists(sweep.TRIALS):
+            return _sweep(folder, name)
         attempts = run.newest_attempt(folder)
         first, last = (run.read_attempt(folder, number) for number in (1, attempts))
         config = parse(yaml.safe_load(folder.read_text(run.CONFIG)), f"{folder.location}/{run.CONFIG}")
@@ -78,7 +82,7 @@ def _summary(folder: Storage, name: str) -> RunSummary:
         metric = config.training.metric_for_best_model
         best = results["best"] if results else run.best_evaluation(progress.get("evaluations") or [], metric)
     except (EmorayError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        return RunSummary(name, "damaged", problem=str(error))
+        return RunSummary(name, "damaged", problem=" ".join(str(error).split()))
     return RunSummary(
         name=name,
         state="finished" if results else "unfinished",
@@ -89,6 +93,22 @@ def _summary(folder: Storage, name: str) -> RunSummary:
         validation=best or {},
         test=(results or {}).get("test") or {},
         recipe={**config.recipe(), "data": last["data"][:12]},
+    )
+
+
+def _sweep(folder: Storage, name: str) -> RunSummary:
+    finished = folder.exists(sweep.RESULTS)
+    results = run.read_json(folder, sweep.RESULTS, "delete it to have it written anew") if finished else {}
+    best = results.get("best") or {}
+    return RunSummary(
+        name=name,
+        state="finished" if finished else "unfinished",
+        started=run.read_attempt(folder, 1)["started"],
+        attempts=run.newest_attempt(folder),
+        seconds=results.get("seconds"),
+        validation=best.get("validation") or {},
+        test=best.get("test") or {},
+        trials=len(folder.names(sweep.TRIALS)),
     )
 
 
@@ -123,8 +143,9 @@ def text(runs: Sequence[RunSummary]) -> str:
         taken = "-" if one.seconds is None else clock(one.seconds)
         started = (one.started or "")[:16].replace("T", " ")
         lines.append(f"{one.name:<{width}}  {one.state:<10}  {figures}  {taken:>9}  {started}".rstrip())
+        trials = None if one.trials is None else f"sweep: {count(one.trials, 'trial')}, in {one.name}/{sweep.TRIALS}"
         apart = [f"{key}={plain(row[one.name])}" for key, row in changed.items() if one.name in row]
-        lines += [f"{'':<{width}}  {part}" for part in (one.problem, ", ".join(apart)) if part]
+        lines += [f"{'':<{width}}  {part}" for part in (one.problem, trials, ", ".join(apart)) if part]
     return "\n".join(lines)
 
 

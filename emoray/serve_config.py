@@ -42,7 +42,7 @@ class ReplicasConfig(Section):
     max: PositiveInt = 4
     """Replicas at the most."""
     target_queued_tokens: PositiveInt | Literal["auto"] = "auto"
-    """One more replica for every this many waiting tokens that wait; `auto` is two batches."""
+    """One more replica for every this many tokens that wait; `auto` is two batches."""
     num_cpus: Annotated[float, Number, Field(gt=0)] | Literal["auto"] = "auto"
     """CPUs, and threads, of a replica; `auto` is an even share of the machine, and two where it has them."""
     num_gpus: Annotated[float, Number, Field(ge=0)] | Literal["auto"] = "auto"
@@ -85,8 +85,8 @@ class AuthConfig(Section):
 class GateConfig(Section):
     """What a model must have reached, by the test metrics stored with it, to be served."""
 
-    metric: Annotated[str, Field(min_length=1)] = "f1"
-    """Name of a stored test metric of which more is better: accuracy, f1, macro_f1."""
+    metric: Literal["f1", "macro_f1", "accuracy"] = "f1"
+    """Which of the test metrics that are stored with a model."""
     at_least: Annotated[float, Number] | None = None
     """Refuse a model below this; null takes any."""
     may_lose: Annotated[float, Number, Field(ge=0)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -16,6 +17,16 @@ from emoray.errors import StorageError
 
 _STAGING, _OLD, _WRITING = HALF_DONE = (".staging-", ".old-", ".writing-")
 """How the names of files and folders begin that a writer hasn't finished."""
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EAGAIN,
+}
+_LASTING = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE", "UNRECOGNIZED_CLIENT")
 
 
 def is_uri(location: str) -> bool:
@@ -26,6 +37,32 @@ def is_uri(location: str) -> bool:
 def absolute(location: str) -> str:
     """Paths made absolute, URIs as they are: workers and other nodes don't share the driver's folder."""
     return location if is_uri(location) else str(Path(location).expanduser().resolve())
+
+
+def split_options(location: str) -> tuple[str, str]:
+    """The place itself, and a URI's options as pyarrow takes them, e.g. `?region=eu-west-1` (else nothing)."""
+    place, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
+    return place.rstrip("/") or "/", mark + options
+
+
+def below(location: str, name: str) -> str:
+    """The place of that name in a folder."""
+    place, options = split_options(location)
+    return f"{place.rstrip('/')}/{name}{options}"
+
+
+def split_name(location: str) -> tuple[str, str]:
+    """The folder that a place is in, and its name there."""
+    place, options = split_options(location)
+    folder, _, name = place.rpartition("/")
+    return (folder or "/") + options, name
+
+
+def may_pass(error: OSError, remote: bool = False) -> bool:
+    """Whether a failed operation may succeed a moment later. Object stores name no errno, but a reason in capitals."""
+    if remote and error.errno is None:
+        return not any(reason in str(error) for reason in _LASTING)
+    return error.errno in _PASSING
 
 
 class Storage:
@@ -43,7 +80,7 @@ class Storage:
     def __init__(self, location: str) -> None:
         from pyarrow import fs
 
-        self.location = location.rstrip("/") or "/"
+        self.location = "".join(split_options(location))
         try:
             if is_uri(location):
                 self._fs, self._root = fs.FileSystem.from_uri(self.location)
@@ -58,7 +95,7 @@ class Storage:
         return f"Storage({self.location!r})"
 
     def __truediv__(self, name: str) -> Storage:
-        return Storage(f"{self.location}/{name}")
+        return Storage(below(self.location, name))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -66,13 +103,14 @@ class Storage:
     @contextmanager
     def _errors(self, name: str, doing: str) -> Iterator[None]:
         """Failures of the filesystem, told as one sentence with the place."""
-        place = f"{self.location}/{name}".rstrip("/")
+        place = below(self.location, name) if name else self.location
         try:
             yield
         except FileNotFoundError:
             raise StorageError(f"{place}: no such file") from None
         except OSError as error:
-            raise StorageError(f"{place}: can't be {doing}: {error}") from error
+            passing = may_pass(error, self.local_path is None)
+            raise StorageError(f"{place}: can't be {doing}: {error}", passing) from error
 
     def exists(self, name: str = "") -> bool:
         from pyarrow import fs
@@ -280,6 +318,12 @@ def _write_new(path: Path, data: bytes) -> bool:
             os.link(temporary, path)  # fails where the path exists, unlike a rename
         except FileExistsError:
             return False
+        except OSError:  # SMB, exFAT and some FUSE filesystems have no hard links
+            try:
+                path.open("xb").close()
+            except FileExistsError:
+                return False
+            os.replace(temporary, path)
         return True
     finally:
         temporary.unlink(missing_ok=True)

@@ -79,9 +79,7 @@ def best_config(sweep: Sweep, winner: Trial) -> TrainConfig:
     config = sweep.plan.trial(winner.name, "runs", winner.values)
     name = f"{sweep.plan.config.run.name}-best"[-100:]
     storage = sweep.plan.config.run.storage_path
-    return config.model_copy(
-        update={"run": config.run.model_copy(update={"name": name, "storage_path": storage}), "data": config.data}
-    )
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name, "storage_path": storage})})
 
 
 def summary(sweep: Sweep, winner_results: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def prepare(
     Raises:
         DataError, ModelError: all that is wrong with the data, or with the encoder.
     """
+    config = with_absolute_paths(config)
     if dataset is None:
         say(f"Reading {config.data.dataset}")
         dataset = data.load(config.data)

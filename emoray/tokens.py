@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,15 @@ class Tokens:
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[rows])])
         ids = np.concatenate([self[row] for row in rows]) if len(rows) else self.ids[:0]
         return Tokens(np.asarray(ids), offsets, np.asarray(self.truncated)[rows])
+
+
+def padded(texts: Sequence[NDArray[np.integer[Any]]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids of B texts, each filled up with `pad_id` to the longest, and the mask of real ones: int64 [B, L]."""
+    lengths = np.array([len(text) for text in texts])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.concatenate(texts)
+    return ids, mask.astype(np.int64)
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | Tokenizer, max_length: int) -> Tokens:

@@ -18,13 +18,11 @@ from emoray import checkpoint, metrics
 from emoray.errors import CheckpointError, FencedError, InterruptedRunError, NotFiniteError, StorageError
 from emoray.learner import Learner
 from emoray.progress import Progress, write_checkpoint
-from emoray.run import Attempt, History
+from emoray.run import Attempt, History, Lease
 from emoray.saving import Saver
 from emoray.storage import Storage
 from emoray.task import Task
 from emoray.world import World
-
-_LEASE_EVERY_S = 2.0
 
 
 class Wish(IntEnum):
@@ -185,7 +183,8 @@ class _Loop:
         self.history = History(attempt, progress.step) if self.world.writes else None
         self.saver, self.clock = Saver(), learner.clock
         self.losses: list[Tensor] = []
-        self.logged_at = self.saved_at = self.asked_at = time.monotonic()
+        self.lease = Lease(attempt)
+        self.logged_at = self.saved_at = time.monotonic()
         self.saved_step = self.start = progress.step
         self.written: set[int] = set()
 
@@ -239,14 +238,11 @@ class _Loop:
         minutes = self.config.checkpoint_every_minutes
         if self.world.writes and minutes is not None and now - self.saved_at >= 60 * minutes:
             wish = max(wish, Wish.SAVE)
-        if self.world.writes and now - self.asked_at >= _LEASE_EVERY_S:
-            self.asked_at = now
+        if self.world.writes:
             try:
-                self.attempt.check()
+                self.lease.look()
             except FencedError:
                 wish = Wish.YIELD
-            except StorageError:
-                pass  # a storage that is away for a moment: whoever writes asks again
         return Wish(self.world.max(int(wish)))
 
     def _log(self) -> None:

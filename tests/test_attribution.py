@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import Emoray
 
+from emoray import attribution
 from emoray.attribution import Occlusion, explain, log_odds
 from emoray.classifier import Classifier
 from emoray.metrics import Calibration
@@ -109,6 +110,19 @@ def test_cut_texts_are_explained_as_far_as_they_are_seen(trained_run: Path) -> N
     assert classifier.seen(["short", text]) == [5, found.words[-1].end]
 
 
+def test_a_long_text_is_asked_in_parts(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = Classifier.load(trained_run)
+    text = "i feel furious and late today"
+    (whole,) = classifier.explain([text])
+    asked: list[int] = []
+    logits = classifier.logits
+    monkeypatch.setattr(classifier, "logits", lambda texts: asked.append(len(texts)) or logits(texts))
+    monkeypatch.setattr(attribution, "_AT_ONCE", 4)
+    (parts,) = classifier.explain([text])
+    assert asked == [1, 4, 2]
+    assert [w.effect for w in parts.words] == pytest.approx([w.effect for w in whole.words], abs=1e-4)
+
+
 def test_command(emoray: Emoray, trained_run: Path) -> None:
     answer = emoray("classify", trained_run, "i feel furious and late today", "--explain")
     assert answer.status == 0
@@ -123,6 +137,6 @@ def test_command(emoray: Emoray, trained_run: Path) -> None:
 
 def test_a_huge_text_is_not_copied_once_a_word() -> None:
     text = "one two three " + "x" * 1_000_000
-    variants = Occlusion.of([text], [13]).variants
+    variants = list(Occlusion.of([text], [13]).variants())
     assert [variant[:9] for variant in variants] == [" two thre", "one  thre", "one two  "]
     assert max(map(len, variants)) < 2000

@@ -466,14 +466,9 @@ def encoder_without_its_second_layer(place: Place) -> Command:
     return place.train("model.from_scratch=false", f"model.pretrained={folder}")
 
 
-@bad("the weights don't fit: classifier.", "has the shape [3", "but must have [4", "the number of labels")
-def model_for_other_labels(place: Place) -> Command:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    folder = place.copy("encoder")
-    config = AutoConfig.from_pretrained(folder, num_labels=3)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    return place.train("model.from_scratch=false", f"model.pretrained={folder}")
+@bad("columns of the data: 1 problem", "text_column and label_column are both 'label': name two columns")
+def one_column_for_texts_and_labels(place: Place) -> Command:
+    return ["evaluate", str(place.run), "--data", str(place.data), "--text-column", "label"]
 
 
 # Trained models

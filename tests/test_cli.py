@@ -72,6 +72,18 @@ def test_a_usage_error_says_how(emoray: Emoray) -> None:
         assert said in answer.err and "Try 'emoray" in answer.err
 
 
+def test_submit_refuses_before_the_upload_what_the_command_would_refuse(emoray: Emoray) -> None:
+    config = "configs/emotion.yaml"
+    for command, told in [
+        (["train", config, "training.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["train", config, "run.storage_path=runs"], "run.storage_path is runs, which would lie in the job's own"),
+        (["predict", "runs/a", "s3://b/in", "--output", "scored.csv"], "--output is scored.csv, which would lie in"),
+        (["predict", "runs/a", "s3://b/in", "--output=scored/"], "--output is scored/, which would lie in"),
+    ]:
+        answer = emoray("submit", "--address", "http://127.0.0.1:1", "--", *command)
+        assert answer.status == 1 and told in answer.err, answer.err
+
+
 # show
 
 

@@ -148,6 +148,14 @@ def test_csv_with_multi_line_texts_semicolons_and_other_columns(tmp_path: Path) 
     assert (train.texts, train.rows.tolist()) == (["two\nlines", "a;b"], [2, 5])
 
 
+def test_a_csv_text_may_be_longer_than_python_expects(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "train.jsonl").unlink()
+    long = "so sad " * 20_000
+    (tmp_path / "train.csv").write_text(f"text,label\n{long},anger\nfine,joy\n")
+    assert read(tmp_path).splits["train"].texts == [long, "fine"]
+
+
 def test_other_columns_and_column_names(tmp_path: Path) -> None:
     for name, rows in ROWS.items():
         write(tmp_path / f"{name}.parquet", rows, ("tweet", "emotion"))

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from emoray import tokens
 from emoray.dropout import DropoutSource, SeededDropout, seed_dropout
-from emoray.forward import _pad
+from emoray.forward import PaddedBatch
 from emoray.packing import pack
 
 
@@ -89,7 +90,7 @@ def test_a_text_has_its_mask_in_any_micro_batch():
     """Packed or padded, with others or alone, as hidden states or as attention's scores."""
     lengths, rows = (3, 9, 5), np.array([70, 4, 12])
     texts = [np.ones(length, np.int64) for length in lengths]
-    packed, padded = pack(texts), _pad(texts, 0)
+    packed, padded = pack(texts), PaddedBatch(*map(torch.from_numpy, tokens.padded(texts, 0)))
     drawn = []
     for batch, keep in ((packed, rows), (padded, rows), (pack(texts[1:2]), rows[1:2])):
         text, places, first = batch.places()

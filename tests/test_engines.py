@@ -14,7 +14,7 @@ from emoray import Classifier, checkpoint
 from emoray import export as exports
 from emoray.classifier import find_model
 from emoray.engines import choice
-from emoray.engines.exports import find, locate
+from emoray.engines.exports import Precision, find, locate
 from emoray.errors import CheckpointError, DataError, ModelError
 from emoray.evaluation import evaluate
 
@@ -24,6 +24,11 @@ TEXTS = [text for label in LABELS for text in sentences(label)[::7]] + ["a", "ra
 
 def quiet(line: str) -> None:
     pass
+
+
+def ensure(place: Path, *precisions: Precision) -> None:
+    model = find_model(str(place))
+    exports.ensure(model, checkpoint.fetch(model), precisions or ("fp32", "int8"), quiet)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +111,7 @@ def test_without_labels_int8_is_not_used(copy: Path, tmp_path: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps({"files": checkpoint.sums(copy)}))
     with pytest.raises(DataError, match="--data"):
         exports.export(str(copy), ("int8",), say=quiet)
-    exports.ensure(str(copy), say=quiet)
+    ensure(copy)
     fp32, int8 = find(copy, "fp32"), find(copy, "int8")
     assert fp32 is not None and fp32.accepted and int8 is not None and not int8.accepted
     assert fp32.facts["parity"]["split"] == "sentences of the package"
@@ -124,7 +129,7 @@ def test_damaged_and_stale_exports_are_refused_and_made_anew(copy: Path) -> None
     (copy / "onnx/int8/manifest.json").write_text(json.dumps({"files": checkpoint.sums(copy / "onnx/int8")}))
     with pytest.raises(CheckpointError, match="made from model another"):
         Classifier.load(copy, engine="onnx-int8")
-    exports.ensure(str(copy), say=quiet)
+    ensure(copy)
     assert Classifier.load(copy, engine="onnx").engine.name == "onnx"
     assert Classifier.load(copy, engine="onnx-int8").engine.name == "onnx-int8"
 
@@ -136,7 +141,7 @@ def test_a_model_that_cannot_be_written_to_is_exported_into_the_cache(
     shutil.rmtree(copy / "onnx")
     monkeypatch.setenv("EMORAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(exports.os, "access", lambda path, mode: False)  # root may write everywhere
-    exports.ensure(str(copy), ("fp32",), say=quiet)
+    ensure(copy, "fp32")
     assert not (copy / "onnx").exists() and locate(copy, "fp32")[1].exists()
     assert Classifier.load(copy, engine="onnx").engine.name == "onnx"
 
@@ -150,7 +155,7 @@ def test_a_stale_export_that_cannot_be_replaced_hides_no_newer_one(
         find(copy, "fp32")
     monkeypatch.setenv("EMORAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(exports.os, "access", lambda path, mode: False)
-    exports.ensure(str(copy), ("fp32",), say=quiet)
+    ensure(copy, "fp32")
     assert Classifier.load(copy, engine="onnx").engine.name == "onnx"
 
 

@@ -256,7 +256,7 @@ def test_worst_errors_and_their_words(run: Path, html: str, test: Raw, facts: di
     shown = re.findall(r'<td class="text" dir="auto">(.*?)</td>.*?<td>([\d.]+)</td><td class="row">([\d,]+)</td>', body)
     assert len(shown) == len(order)
     for (cell, probability, row), expected in zip(shown, order, strict=True):
-        i = int(row.replace(",", ""))
+        i = int(row.replace(",", "")) - 1  # the line of its file
         near(probability, test.top[i], 3)
         assert test.top[i] == pytest.approx(test.top[expected], abs=1e-5)  # equals may change places
         text, _, words = cell.partition("<small>")

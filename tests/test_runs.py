@@ -76,6 +76,20 @@ def test_damaged_run_is_named_and_hides_no_other(emoray: Emoray, storage: Path, 
     assert "tiny" in answer.out
 
 
+def test_a_sweep_is_a_line_with_its_winner_s_figures(emoray: Emoray, storage: Path, tmp_path: Path) -> None:
+    shutil.copytree(storage / "tiny", tmp_path / "runs" / "sweep" / "trials" / "0000")
+    shutil.copytree(storage / "tiny" / "attempts", tmp_path / "runs" / "sweep" / "attempts")
+    (tmp_path / "runs" / "sweep" / "config.yaml").write_text("search: {}")
+    answer = emoray("runs", tmp_path / "runs")
+    assert "unfinished" in answer.out and "sweep: 1 trial, in sweep/trials" in answer.out and answer.status == 0
+    results = json.loads((storage / "tiny" / "results.json").read_text())
+    content = {"best": {"validation": results["best"], "test": results["test"]}, "seconds": 61.5}
+    (tmp_path / "runs" / "sweep" / "sweep.json").write_text(json.dumps(content))
+    (found,) = runs.read(str(tmp_path / "runs"))
+    assert (found.state, found.trials, found.test, found.seconds) == ("finished", 1, results["test"], 61.5)
+    assert [one.name for one in runs.read(str(tmp_path / "runs" / "sweep" / "trials"))] == ["0000"]
+
+
 def test_object_stores_are_read_alike(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = runs.read(str(storage))
     monkeypatch.setattr(runs, "Storage", lambda location: object_store(Path(location)))

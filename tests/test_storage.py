@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from tiny import object_store
 
 from emoray import storage
 from emoray.errors import StorageError
-from emoray.storage import HALF_DONE, Storage, absolute, is_uri
+from emoray.storage import HALF_DONE, Storage, absolute, below, is_uri, may_pass, split_name
 
 Open = Callable[[Path], Storage]
 BOTH = pytest.mark.parametrize("open_at", [lambda folder: Storage(str(folder)), object_store], ids=["local", "objects"])
@@ -45,6 +47,41 @@ def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
     assert folder.local_path == tmp_path / "runs"
     folder.write("a/b.txt", "text")
     assert (tmp_path / "runs" / "a" / "b.txt").read_text() == "text"
+
+
+def test_without_hard_links_a_new_file_is_still_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SMB and exFAT have none."""
+
+    def link(*_: object) -> NoReturn:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    folder = Storage(str(tmp_path))
+    folder.write("a", "first", exclusive=True)
+    with pytest.raises(FileExistsError):
+        folder.write("a", "second", exclusive=True)
+    assert folder.read_text("a") == "first" and folder.names() == ["a"]
+
+
+def test_errors_that_may_pass_are_known_from_those_that_stay() -> None:
+    assert may_pass(OSError(errno.ESTALE, "stale")) and not may_pass(OSError(errno.ENOSPC, "full"))
+    assert may_pass(OSError("AWS Error NETWORK_CONNECTION during PutObject"), remote=True)
+    assert not may_pass(OSError("AWS Error ACCESS_DENIED during PutObject"), remote=True)
+    assert pickle.loads(pickle.dumps(StorageError("x", passing=True))).passing
+
+
+def test_the_options_of_a_uri_stay_behind_the_names(tmp_path: Path) -> None:
+    """Else all runs of `s3://bucket/runs?region=eu-west-1` had one folder."""
+    place = f"file://{tmp_path}/runs/?use_mmap=0"
+    for name in ("a", "b"):
+        (Storage(place) / name / "c").write("name.txt", name)
+        assert (tmp_path / "runs" / name / "c" / "name.txt").read_text() == name
+    assert (Storage(place) / "a").location == f"file://{tmp_path}/runs/a?use_mmap=0"
+    assert split_name("s3://b/runs/x.csv?region=r") == ("s3://b/runs?region=r", "x.csv")
+    assert split_name("/runs/what?") == ("/runs", "what?") and split_name("/x") == ("/", "x")
+    assert below("/", "x") == "/x" and below("/what?", "x") == "/what?/x"
+    with pytest.raises(StorageError, match=r"runs/none\?use_mmap=0: no such file"):
+        Storage(place).read("none")
 
 
 @BOTH

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from emoray.tokens import padded
+
 Ids = NDArray[np.integer[Any]]
 Feeds = dict[str, NDArray[Any]]
 
@@ -52,9 +54,5 @@ def is_packed(names: Iterable[str]) -> bool:
 
 
 def padded_feeds(texts: Sequence[Ids], pad_id: int) -> Feeds:
-    """input_ids and attention_mask, int64 [B, L], padded with `pad_id`."""
-    lengths = np.array([len(text) for text in texts])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = np.concatenate(texts)
-    return {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+    ids, mask = padded(texts, pad_id)
+    return {"input_ids": ids, "attention_mask": mask}

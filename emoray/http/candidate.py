@@ -77,11 +77,14 @@ def load_model(location: str, engine: Wanted = "auto") -> Model:
     Raises:
         CheckpointError, MissingExtraError, ModelError, StorageError: it can't be served.
     """
-    from emoray.classifier import Classifier
-    from emoray.export import prepare as prepare_export
+    from emoray import checkpoint
+    from emoray.classifier import Classifier, find_model
+    from emoray.export import ensure_for
 
-    prepare_export(location, engine, _log.info)
-    return Classifier.load(location, engine=engine)
+    model = find_model(location)
+    folder = checkpoint.fetch(model)
+    ensure_for(engine, model, folder, _log.info)
+    return Classifier.from_copy(model, folder, engine=engine)
 
 
 def prepare(location: str, load: Callable[[str], Model], present: Model | None, gate: GateConfig) -> Candidate:
@@ -104,8 +107,12 @@ def _pass(gate: GateConfig, location: str, model: Model, present: Model | None) 
     bounds = []
     if gate.at_least is not None:
         bounds.append((gate.at_least, "gate.at_least"))
-    served = _reached(gate.metric, present) if present is not None else None
-    if gate.may_lose is not None and served is not None:
+    if gate.may_lose is not None and present is not None:
+        served = _reached(gate.metric, present)
+        if served is None:
+            raise ModelError(
+                f"{location}: what serves has no test {gate.metric} to compare it with: set gate.may_lose to null"
+            )
         bounds.append((served - gate.may_lose, f"what serves has {served:.4f}, and gate.may_lose is {gate.may_lose:g}"))
     if not bounds:
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ _DECODE_HERE = 64
 """Texts up to which decoding is quicker than a thread's hand-over."""
 _ENCODE_HERE = 1000
 """Characters up to which tokenising is: 35 microseconds for a short message."""
+
+_PROBE, _PROBE_S = "a", 10.0
+"""What a model that has failed is asked, and how long it may take, in seconds."""
 
 Ids = NDArray[np.int32]
 """One text as token ids."""
@@ -67,6 +71,7 @@ class LocalService:
         self._served: _Served | None = None
         self._state: State = "starting"
         self._swap: dict[str, Any] = {"state": "idle"}
+        self._failing = False
         # Two threads, so that one huge text does not hold up the others: a fast tokenizer is shared by them.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="emoray-encode")
         self._loaders = ThreadPoolExecutor(1, thread_name_prefix="emoray-load")
@@ -158,12 +163,27 @@ class LocalService:
         except (RequestError, asyncio.CancelledError):
             raise
         except Exception as error:
+            self._failing = True
             _log.error("the model failed on a request of %d texts", len(texts), exc_info=error)
             raise RequestError("model", "the model failed on one of these texts; the server's log has more") from error
         for prediction in predictions:
             self._metrics.prediction(prediction.label, prediction.score)
         explanations = occlusion.explanations(served.model, logits, np.array(without)) if occlusion else ()
         return Scored(str(served.identity), served.identity.labels, predictions, logits, explanations)
+
+    async def is_broken(self) -> bool:
+        """Whether the model fails on any text, as after an error of its GPU; it is asked only once it has failed."""
+        if not self._failing:
+            return False
+        try:
+            await self._score([_PROBE], time.monotonic() + _PROBE_S, truncate=True, explain=False)
+        except RequestError:
+            return False  # busy, or there is no model: not its fault
+        except Exception as error:
+            _log.error("the model fails on any text", exc_info=error)
+            return True
+        self._failing = False
+        return False
 
     async def _score(
         self, texts: Sequence[str], deadline: float, truncate: bool, explain: bool
@@ -258,7 +278,7 @@ def _occlusion(model: Model, texts: Sequence[str], most: int) -> Occlusion:
 
 
 def _encode_variants(model: Model, occlusion: Occlusion) -> Tokens:
-    return model.encode(occlusion.variants)
+    return model.encode(list(occlusion.variants()))
 
 
 def _not_there(state: State) -> RequestError:

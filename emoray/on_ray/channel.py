@@ -2,7 +2,8 @@
 
 An event is a dict; its `kind` says what else is in it:
 
-    start       workers, step, total_steps, evaluations, optimizer    training: workers have begun, or begun again
+    start       workers, step, total_steps, batch_size,               training: workers have begun, or begun again
+                evaluations, optimizer
     row         row, steps, parts, total_steps                        training: a line of the history, and its time
     evaluation  entry                                                 training: a line of the results table
     checkpoint  step, seconds                                         training: one was written

@@ -82,7 +82,7 @@ def connect() -> bool:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            _knock(address)
+            knock(address)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, namespace="emoray")
     except Exception as error:  # Ray raises bare ones too, where a process of its own doesn't come up
         reason = first_line(error).rstrip(".")
@@ -110,7 +110,7 @@ def session(say: Callable[[str], None]) -> Iterator[str | None]:
             shutdown()
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """Raises OSError where nothing listens at `host:port`: `ray.init` would try for a quarter of an hour."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():  # not so `auto` and `local`, which need no port
@@ -218,8 +218,9 @@ def wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[s
     limit = max(workers.wait_for_nodes_s, _BUSY_S)
     group = ray.util.placement_group([placement.resources] * placement.min_workers)
     try:
+        ready = group.ready()
         for waited in range(int(limit)):
-            if ray.wait([group.ready()], timeout=1)[0]:
+            if ray.wait([ready], timeout=1)[0]:
                 return
             if waited == 2:
                 say(f"Waiting up to {limit:g} s for {placement.min_workers} x {placement.each}")

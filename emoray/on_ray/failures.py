@@ -17,7 +17,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
-from emoray.errors import EmorayError
+from emoray.errors import EmorayError, StorageError
 from emoray.wording import first_line
 
 _UNDECIDED_S = 25.0
@@ -83,7 +83,8 @@ class Failures(FailurePolicy):
         places = {rank: _place(worker) for rank, worker in workers.items()}
         who, reason = describe(error, places)
         attempt = self._failed + 1
-        if user_error(error) is not None:
+        mendable = user_error(error)
+        if mendable is not None and not (isinstance(mendable, StorageError) and mendable.passing):
             return Failure(who, reason, attempt, retry=False, spent=True, final=True)
         announced = is_preempted(error)
         lost = [] if announced else self._on_lost_nodes(workers)

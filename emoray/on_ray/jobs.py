@@ -102,22 +102,34 @@ def check(command: Sequence[str]) -> None:
     if not command:
         raise ConfigError("emoray submit", ["no command: e.g. emoray submit -- train configs/emotion.yaml"])
     name, *arguments = [word for word in command if word != "--json"]
-    if name not in ("train", "tune") or not arguments:
+    if name not in ("train", "tune", "predict") or not arguments:
         return
     from emoray import config, tune_config
 
     if name == "train":
-        storage = config.load(arguments[0], arguments[1:]).run.storage_path
+        key, storage = "run.storage_path", config.load(arguments[0], arguments[1:]).run.storage_path
+    elif name == "tune":
+        key, storage = "run.storage_path", tune_config.load(arguments[0], arguments[1:]).config.run.storage_path
     else:
-        storage = tune_config.load(arguments[0], arguments[1:]).config.run.storage_path
-    if not is_uri(storage) and not os.path.isabs(storage):
+        key, storage = "--output", _value_of("--output", arguments)
+    if storage and not is_uri(storage) and not os.path.isabs(storage):
         raise ConfigError(
             f"emoray submit {name}",
             [
-                f"run.storage_path is {storage}, which would lie in the job's own folder, and Ray deletes that: give "
-                "run.storage_path=/a/path/that/all/nodes/see, s3://... or gs://..."
+                f"{key} is {storage}, which would lie in the job's own folder, and Ray deletes that: give "
+                f"{key}=/a/path/that/all/nodes/see, s3://... or gs://..."
             ],
         )
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str:
+    """What an option is given, as `--output x` or `--output=x`; empty where it isn't there, which the command tells."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return ""
 
 
 def connect(address: str | None) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,18 +20,16 @@ from emoray.batch_output import Output
 from emoray.batch_rows import Piece
 from emoray.classifier import find_model
 from emoray.config import WorkersConfig
-from emoray.errors import InterruptedRunError, RunError, StorageError
+from emoray.errors import InterruptedRunError, RunError
 from emoray.on_ray import cluster
 from emoray.on_ray.cluster import Placement
 from emoray.on_ray.scorer import Job, Scorer
 from emoray.process import WORKER_ENVIRONMENT
-from emoray.run import Attempt
+from emoray.run import Attempt, Lease
 from emoray.storage import Storage
 from emoray.wording import count
 
 _POLL_S = 0.2
-_CHECK_S = 2.0
-"""How often a command checks whether a newer one has taken the output over, in seconds."""
 _PROCESS_BYTES = 1e9
 """Memory of an actor beside its model."""
 _NO_LIMIT = 1_000_000
@@ -220,13 +217,10 @@ class _Pool:
         return self._notes
 
     def _listen(self, stream: Any) -> None:
-        checked = time.monotonic()
+        lease = Lease(self._attempt)
         while len(self._notes) < len(self._found.pieces):
             self._heed_signals()
-            if time.monotonic() - checked > _CHECK_S:
-                with suppress(StorageError):  # whoever writes asks again
-                    self._attempt.check()  # the room that a newer command needs is let go at once
-                checked = time.monotonic()
+            lease.look()  # the room that a newer command needs is let go at once
             if not ray.wait([stream], timeout=_POLL_S)[0]:
                 continue
             news = ray.get(next(stream))

@@ -69,6 +69,9 @@ class ReplicaService:
     def identity(self) -> Identity | None:
         return self._local.identity
 
+    async def is_broken(self) -> bool:
+        return await self._local.is_broken()
+
     @property
     def queued_tokens(self) -> int:
         return self._local.queued_tokens

@@ -130,8 +130,12 @@ class Replica:
         raise unavailable("no other replica was found")
 
     async def check_health(self) -> None:
-        if self._service is not None and self._service.state == "failed":
+        if self._service is None:
+            return
+        if self._service.state == "failed":
             raise RuntimeError("the model could not be loaded")
+        if await self._service.is_broken():  # Ray Serve starts another replica
+            raise RuntimeError("the model fails on any text")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `emoray.on_ray.autoscaling`; Ray Serve asks every second or so."""

@@ -10,8 +10,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,9 +22,10 @@ from ray import serve
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.serve.context import _get_global_client
 
+from emoray import checkpoint, local_http
 from emoray.classifier import find_model, locate_model
 from emoray.errors import ClusterError, ModelError
-from emoray.export import prepare
+from emoray.export import ensure_for
 from emoray.folders import private_folder
 from emoray.http import keys as api_keys
 from emoray.on_ray import cluster, guard, haproxy
@@ -116,9 +115,12 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
 
 def _find_and_export(config: ServeConfig, say: Say) -> None:
     """Raises where there is no model; one without its exports gets them here, once, and not in every replica."""
-    location = locate_model(config.model, os.getcwd())
-    find_model(location)
-    prepare(location, config.engine, say)
+    model = find_model(config.model)
+    folder = checkpoint.fetch(model)
+    try:
+        ensure_for(config.engine, model, folder, say)
+    finally:
+        checkpoint.release(model, folder)
 
 
 def wait_for_the_end() -> None:
@@ -286,9 +288,9 @@ def _until_ready(url: str) -> None:
     until = time.monotonic() + PATIENCE_S
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=30):
+            with local_http.get(f"{url}/ready", timeout_s=30):
                 return
-        except (OSError, urllib.error.HTTPError) as error:
+        except OSError as error:
             if time.monotonic() > until:
                 raise ClusterError(f"{url}/ready: no good answer within {PATIENCE_S:g} s: {error}") from None
         time.sleep(0.1)
@@ -308,8 +310,8 @@ def _join_own(port: int) -> bool:
         return False
     try:
         note = json.loads(_note(port).read_text())
-        os.kill(note["pid"], 0)
         address, auth = note["address"], note["auth"]
+        cluster.knock(address)  # in a container that was killed and started again the note is still there
     except (OSError, ValueError, KeyError):
         return False
     os.environ["RAY_ADDRESS"] = address
@@ -324,7 +326,7 @@ def _found_by_others(port: int, is_here: bool) -> Iterator[None]:
     if is_here:
         address = ray.get_runtime_context().gcs_address
         auth = os.environ.get("RAY_AUTH_MODE", "disabled")  # Ray sets it where it has chosen itself
-        note.write_text(json.dumps({"pid": os.getpid(), "address": address, "auth": auth}))
+        note.write_text(json.dumps({"address": address, "auth": auth}))
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from emoray.on_ray import cluster
 from emoray.on_ray.trial import open_shelf
 from emoray.on_ray.tune_search import Suggestions
 from emoray.run import Attempt
+from emoray.storage import below
 from emoray.sweep import TRIALS, Sweep, Trial, write_record
 from emoray.task import Task, prepare
 from emoray.tune_config import Plan, evaluations
@@ -152,7 +153,7 @@ class Stints(Searcher):
 
     @property
     def _trials(self) -> str:
-        return f"{self._course.attempt.run.location}/{TRIALS}"
+        return below(self._course.attempt.run.location, TRIALS)
 
     def _next(self) -> tuple[Trial, float] | None:
         found = next(self._sweep.ready(), None)

@@ -37,6 +37,7 @@ from typing import Any, get_args
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from emoray.metrics import EVALUATED
+from emoray.storage import split_options
 from emoray.sweep import TRIALS, State, Sweep
 
 _AGAIN_S = 1.0
@@ -45,7 +46,7 @@ _SECONDS = [0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300]
 
 def run_name(location: str) -> str:
     """What a run is called in metrics: its folder's name, in a sweep after the sweep's."""
-    parts = location.rstrip("/").split("/")
+    parts = split_options(location)[0].split("/")
     *_, sweep, folder, name = ["", "", *parts]
     return f"{sweep}/{name}" if sweep and folder == TRIALS else name
 

@@ -14,13 +14,13 @@ import ray
 from ray import tune
 
 from emoray import model, run, signals
-from emoray.errors import EmorayError, FencedError, InterruptedRunError, RunError, StorageError
+from emoray.errors import EmorayError, FencedError, InterruptedRunError, RunError
 from emoray.on_ray import cluster
 from emoray.on_ray.stints import Course, Library, Stints
 from emoray.on_ray.train_metrics import SweepMetrics
 from emoray.on_ray.trial import TrialRun
 from emoray.on_ray.tune_search import must_have_optuna
-from emoray.run import Attempt
+from emoray.run import Attempt, Lease
 from emoray.sweep import RESULTS, TRIALS, Sweep, read_records
 from emoray.sweep_results import finish
 from emoray.task import Task, prepare, with_absolute_paths
@@ -28,7 +28,6 @@ from emoray.tune_config import Plan
 from emoray.wording import count
 
 _POLL_S = 0.2
-_LEASE_EVERY_S = 2.0
 _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial is a run with a history of its own
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -165,13 +164,15 @@ class _Driver:
         self.metrics.show(self.sweep)
 
     def _mind(self, thread: threading.Thread) -> None:
-        looked = 0.0
+        lease = Lease(self.course.attempt)
         while thread.is_alive():
             thread.join(_POLL_S)
             self._show()
-            if time.monotonic() - looked > _LEASE_EVERY_S:
-                looked = time.monotonic()
-                self._check_lease()
+            try:
+                lease.look()
+            except FencedError as error:
+                self.course.error, self.course.stopping = error, "A newer command took the sweep over"
+                self.searcher.stop()
             if self.course.stopping is None and (why := self._why_stop()):
                 self.course.stopping = why
                 self.searcher.stop()
@@ -179,15 +180,6 @@ class _Driver:
             if len(self.signals) > 1:
                 self.watcher.say("Stopped at once; the same command goes on from the last checkpoints.")
                 os._exit(128 + self.signals[0])
-
-    def _check_lease(self) -> None:
-        try:
-            self.course.attempt.check()
-        except FencedError as error:
-            self.course.error, self.course.stopping = error, "A newer command took the sweep over"
-            self.searcher.stop()
-        except StorageError:
-            pass  # a storage that is away for a moment: whoever writes asks again
 
     def _why_stop(self) -> str | None:
         tuned = self.sweep.plan.config.tune

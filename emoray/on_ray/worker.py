@@ -49,7 +49,7 @@ def run_worker(job: dict[str, Any]) -> None:
             control.tell({"kind": "stopped", "text": str(error)})
         return
     except StorageError as error:
-        raise StorageError(f"Node {world.host} ({ray.util.get_node_ip_address()}): {error}") from error
+        raise StorageError(f"Node {world.host} ({ray.util.get_node_ip_address()}): {error}", error.passing) from error
     except RuntimeError as error:
         if _broken_off(error):
             time.sleep(_BLAME_S)

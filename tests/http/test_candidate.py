@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from serving import Dummy
 
-from emoray.errors import ModelError
+from emoray.errors import ConfigError, ModelError
 from emoray.http.candidate import COMPARED, compare, prepare
-from emoray.serve_config import GateConfig
+from emoray.serve_config import GateConfig, load
 
 
 def model(f1: float | None, shift: float = 0.0) -> Dummy:
@@ -42,6 +42,14 @@ def test_the_gate(gate: dict[str, float], new: float | None, present: float | No
     else:
         with pytest.raises(ModelError, match=word):
             bring()
+
+
+def test_what_can_not_be_compared_is_kept_out_too() -> None:
+    gate = GateConfig(may_lose=0.01)
+    with pytest.raises(ModelError, match="what serves has no test f1 to compare it with"):
+        prepare("there", lambda location: model(0.9), model(None), gate)
+    with pytest.raises(ConfigError, match=r"gate\.metric: is 'F1', but should be 'f1', 'macro_f1' or 'accuracy'"):
+        load(None, ["gate.metric=F1"])
 
 
 def test_the_comparison_tells_another_model_from_the_same_one() -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tiny import sentences
 from emoray import Classifier
 from emoray.errors import CheckpointError
 from emoray.http.app import make_app
+from emoray.http.errors import RequestError
 from emoray.http.keys import Key, Keys
 from emoray.http.local import LocalService
 from emoray.serve_config import ServeConfig
@@ -42,6 +44,31 @@ def test_the_same_text_gets_the_same_answer(trained_run: Path) -> None:
             assert batched["scores"][name] == pytest.approx(score, abs=2e-6)
             assert single["scores"][name] == pytest.approx(score, abs=2e-6)
     assert together["model"].startswith("tiny@") and len(together["model"]) == len("tiny@") + 12
+
+
+def test_a_model_that_fails_on_any_text_is_known_from_one_that_fails_on_some() -> None:
+    """The first is for Ray Serve to replace; the second would fail again."""
+
+    async def ask(service: LocalService, text: str) -> bool:
+        with suppress(RequestError):
+            await service.classify([text], time.monotonic() + 10)
+        return await service.is_broken()
+
+    async def main() -> list[bool]:
+        model = Dummy()
+        service = LocalService(ServeConfig(), lambda location: model)
+        await service.start()
+        while service.state != "ready":
+            await asyncio.sleep(0.01)
+        found = [await ask(service, "fine"), await ask(service, "boom")]
+        model.forward = lambda tokens: 1 / 0  # type: ignore[assignment,method-assign]
+        found += [await ask(service, "fine")]
+        del model.forward
+        found += [await ask(service, "fine")]
+        await service.close()
+        return found
+
+    assert asyncio.run(main()) == [False, False, True, False]
 
 
 def test_it_is_alive_but_not_ready_while_it_loads() -> None:

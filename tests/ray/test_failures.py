@@ -76,6 +76,13 @@ def test_what_a_person_must_mend_is_not_tried_again() -> None:
     assert judge.told[0]["final"]
 
 
+def test_a_storage_that_may_come_back_costs_an_attempt() -> None:
+    judge = Judge(max_failures=1)
+    error = group_error(r0=StorageError("s3://b/runs/x: can't be written: AWS Error NETWORK_CONNECTION", passing=True))
+    assert judge.retries(error) and not judge.retries(error)
+    assert [(event["final"], event["spent"]) for event in judge.told] == [(False, True)] * 2
+
+
 def test_an_error_of_the_program_is_told_with_its_words() -> None:
     judge = Judge()
     assert judge.retries(group_error(r0=ZeroDivisionError("division by zero")))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import socket
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ import pytest
 
 from emoray.classifier import locate_model
 from emoray.http.service import Scored
-from emoray.on_ray import direct_ingress, haproxy, shares
+from emoray.on_ray import direct_ingress, haproxy, serve_command, shares
 from emoray.on_ray.autoscaling import BUSY, QUEUED, ByQueuedTokens
 from emoray.on_ray.board import judge
 from emoray.on_ray.direct_ingress import DirectIngress, set_app
@@ -50,6 +53,32 @@ async def _request(guard: Guard, path: str, method: str, body: tuple[bytes, ...]
 
     await guard({"type": "http", "method": method, "path": path, "headers": []}, receive, send)
     return sent
+
+
+def test_the_note_of_an_endpoint_that_is_gone_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that was killed and started again keeps it, and often the process's number too."""
+    monkeypatch.setattr(serve_command, "private_folder", lambda: tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    note = tmp_path / "serve-8000.json"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        note.write_text(json.dumps({"address": address, "auth": "disabled"}))
+        assert serve_command._join_own(8000) and os.environ["RAY_ADDRESS"] == address
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert not serve_command._join_own(8000) and not serve_command._join_own(8001)
+    assert "RAY_ADDRESS" not in os.environ
+
+
+def test_this_machine_is_asked_past_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import http.server, threading; from emoray import local_http\n"
+        "server = http.server.HTTPServer(('127.0.0.1', 0), http.server.SimpleHTTPRequestHandler)\n"
+        "threading.Thread(target=server.serve_forever, daemon=True).start()\n"
+        "with local_http.get(f'http://127.0.0.1:{server.server_port}/', 5) as answer: print(answer.status)\n"
+    )
+    environment = {**os.environ, "http_proxy": "http://127.0.0.1:1"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "200\n", ran.stderr
 
 
 class Inner:

@@ -36,7 +36,7 @@ from harness import (
 )
 from torch import Tensor
 
-from emoray import Classifier, checkpoint, training
+from emoray import Classifier, checkpoint, run, training
 from emoray.config import TrainConfig
 from emoray.errors import CheckpointError, FencedError, InterruptedRunError, ModelError, NotFiniteError, StorageError
 from emoray.learner import Learner
@@ -499,7 +499,7 @@ def test_an_older_attempt_stops_and_writes_no_more(
     lease_s: float, configure: Configure, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It notices within seconds; and where it doesn't, at the next thing that it wants to write."""
-    monkeypatch.setattr(training, "_LEASE_EVERY_S", lease_s)
+    monkeypatch.setattr(run, "_LOOK_EVERY_S", lease_s)
     config = configure()
     folder = folder_of(config)
     before: dict[str, bytes] = {}
@@ -598,7 +598,7 @@ def test_a_failed_write_shows_at_the_next_call() -> None:
 def test_a_storage_that_is_away_for_a_moment_ends_no_run(
     configure: Configure, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_LEASE_EVERY_S", 0.0)
+    monkeypatch.setattr(run, "_LOOK_EVERY_S", 0.0)
     check, calls = Attempt.check, [0]
 
     def now_and_then(attempt: Attempt) -> None:
