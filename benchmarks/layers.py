@@ -85,7 +85,7 @@ def engine_layers(classifier: Any, texts: list[str]) -> dict[str, dict[str, floa
 
 def service_layers(classifier: Any, texts: list[str]) -> dict[str, dict[str, float]]:
     """The queue in front of the classifier, with 16 callers of one text, and of 32; then HTTP in front of that."""
-    from emoray.http.local import LocalService
+    from emoray.http.local import LocalModel
     from emoray.serve_config import ServeConfig
 
     config = ServeConfig(model="measured")
@@ -101,10 +101,8 @@ def service_layers(classifier: Any, texts: list[str]) -> dict[str, dict[str, flo
         await asyncio.gather(*(caller() for _ in range(16)))
 
     async def all_of_it() -> None:
-        service = LocalService(config, lambda _: classifier)
-        await service.start()
-        while service.state != "ready":
-            await asyncio.sleep(0.01)
+        service = LocalModel(config, lambda _: classifier)
+        service.adopt(await service.bring_up("measured", config.gate))
 
         async def classify(group: list[str]) -> None:
             await service.classify(group, time.monotonic() + 60)

@@ -290,11 +290,9 @@ def run(work: Any) -> Any:
 
 def expected_of(model: Path | str, texts: Sequence[str], engine: str = "torch") -> tuple[str, list[dict[str, float]]]:
     """A model's `name@fingerprint`, and what the classifier itself says of texts, in the endpoint's engine."""
-    from emoray import Classifier
-    from emoray.export import prepare
+    from emoray.http.candidate import load_model
 
-    prepare(str(model), engine, lambda line: None)
-    classifier = Classifier.load(model, engine=engine)
+    classifier: Any = load_model(str(model), engine)  # as a replica does
     name = classifier.facts["config"]["run"]["name"]
     return f"{name}@{classifier.fingerprint}", [prediction.scores for prediction in classifier(texts)]
 

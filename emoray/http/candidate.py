@@ -87,7 +87,7 @@ def load_model(location: str, engine: Wanted = "auto") -> Model:
     return Classifier.from_copy(model, folder, engine=engine)
 
 
-def prepare(location: str, load: Callable[[str], Model], present: Model | None, gate: GateConfig) -> Candidate:
+def bring_up(location: str, load: Callable[[str], Model], present: Model | None, gate: GateConfig) -> Candidate:
     """Bring a model up to its first answer, beside the one that serves. Blocks for seconds: call it in a thread.
 
     Raises:

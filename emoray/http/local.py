@@ -1,4 +1,4 @@
-"""A service in this process: a classifier behind a batcher. `emoray.http.app` over it is a whole endpoint without Ray.
+"""The model of one replica: a classifier behind a batcher, until another takes its place.
 
 Three steps a request: encode (threads), forward (the batcher's thread), decode.
 """
@@ -21,8 +21,8 @@ from emoray.attribution import Occlusion
 from emoray.engines import Wanted
 from emoray.errors import EmorayError
 from emoray.http.batcher import Batcher
-from emoray.http.candidate import Candidate, Model, finite, load_model, prepare
-from emoray.http.errors import RequestError, busy, invalid, unavailable
+from emoray.http.candidate import Candidate, Model, bring_up, finite, load_model
+from emoray.http.errors import RequestError, invalid, unavailable
 from emoray.http.metrics import Metrics, Silent
 from emoray.http.service import Identity, Scored, State
 from emoray.serve_config import GateConfig, ServeConfig
@@ -54,12 +54,11 @@ class _Served:
     batcher: Batcher[Ids, NDArray[np.float32]]
 
 
-class LocalService:
-    """See `emoray.http.service.Service`.
+class LocalModel:
+    """A model that is brought up, put into service, asked, and changed; which one, and when, is the replica's matter.
 
     Args:
-        config: `model` says what is loaded at the start.
-        load: how; None loads into the engine that the config names. Tests give dummies.
+        load: how a model is loaded; None loads into the engine that the config names. Tests give dummies.
         metrics: told of batches and predictions.
     """
 
@@ -70,7 +69,6 @@ class LocalService:
         self._metrics = metrics or Silent()
         self._served: _Served | None = None
         self._state: State = "starting"
-        self._swap: dict[str, Any] = {"state": "idle"}
         self._failing = False
         # Two threads, so that one huge text does not hold up the others: a fast tokenizer is shared by them.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="emoray-encode")
@@ -85,33 +83,12 @@ class LocalService:
     def identity(self) -> Identity | None:
         return self._served.identity if self._served else None
 
-    async def start(self) -> None:
-        self._spawn(self._bring(self._config.model))
-
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def change_model(self, location: str) -> None:
-        if self._state in ("starting", "stopping") or self._swap["state"] == "loading":
-            raise busy()
-        self._spawn(self._bring(location))
-
-    async def _bring(self, location: str) -> None:
-        """Load a model beside the present one, then put it into service, or say why not."""
-        self._swap = {"state": "loading", "to": location}
-        before = str(self.identity) if self.identity else None
-        try:
-            candidate = await self.prepare(location, self._config.gate)
-        except Exception as error:
-            self._swap = {"state": "failed", "to": location, "error": reason(location, error)}
-            self.refuse()
-            return
-        self.adopt(candidate)
-        self._swap = {"state": "idle", "from": before, "to": str(candidate.identity), **candidate.comparison}
-
-    async def prepare(self, location: str, gate: GateConfig, engine: Wanted | None = None) -> Candidate:
+    async def bring_up(self, location: str, gate: GateConfig, engine: Wanted | None = None) -> Candidate:
         """Load, check and warm a model beside the present one, in a thread.
 
         Args:
@@ -122,7 +99,7 @@ class LocalService:
         """
         present = self._served.model if self._served else None
         load = self._load or partial(load_model, engine=engine or self._config.engine)
-        return await asyncio.get_running_loop().run_in_executor(self._loaders, prepare, location, load, present, gate)
+        return await asyncio.get_running_loop().run_in_executor(self._loaders, bring_up, location, load, present, gate)
 
     def adopt(self, candidate: Candidate) -> None:
         """Put a model into service: one reference changes, and the old one answers what it has."""
@@ -239,7 +216,6 @@ class LocalService:
                 "requests": served.batcher.requests if served else 0,
                 "tokens": served.batcher.queued_tokens if served else 0,
             },
-            "swap": self._swap,
         }
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the routes need of a model, as a protocol: `local.py` keeps it in this process, `on_ray` behind replicas."""
+"""What the routes need of a model, as a protocol, which `on_ray/replica.py` fulfils."""
 
 from __future__ import annotations
 

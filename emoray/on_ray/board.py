@@ -63,10 +63,12 @@ class Board:
 
     Args:
         scope: tells applications apart, and one life of Serve from the next.
+        store: with the functions of `ray.experimental.internal_kv`; None takes those. Tests give a dictionary.
     """
 
-    def __init__(self, scope: str) -> None:
+    def __init__(self, scope: str, store: Any = None) -> None:
         self._scope = scope
+        self._store = kv if store is None else store
         self._beats: dict[str, tuple[int, float]] = {}
 
     def latest(self) -> int:
@@ -116,7 +118,7 @@ class Board:
         self._write(f"alive/{replica}", {"beat": count, **state})
 
     def leave(self, replica: str) -> None:
-        kv._internal_kv_del(self._key(f"alive/{replica}"), namespace=_NAMESPACE)
+        self._store._internal_kv_del(self._key(f"alive/{replica}"), namespace=_NAMESPACE)
 
     def alive(self) -> dict[str, dict[str, Any]]:
         """What living replicas say of themselves. Beats are compared with earlier ones, so no clocks have to agree."""
@@ -137,25 +139,28 @@ class Board:
 
     def wipe(self) -> None:
         """Forget everything: for an application that doesn't run."""
-        kv._internal_kv_del(self._key(""), del_by_prefix=True, namespace=_NAMESPACE)
+        self._store._internal_kv_del(self._key(""), del_by_prefix=True, namespace=_NAMESPACE)
 
     def _key(self, name: str) -> bytes:
         return f"{self._scope}/{name}".encode()
 
     def _names(self, prefix: str) -> list[str]:
         full = self._key(prefix)
-        return sorted(key[len(full) :].decode() for key in kv._internal_kv_list(full, namespace=_NAMESPACE))
+        keys = self._store._internal_kv_list(full, namespace=_NAMESPACE)
+        return sorted(key[len(full) :].decode() for key in keys)
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        value = kv._internal_kv_get(self._key(name), namespace=_NAMESPACE)
+        value = self._store._internal_kv_get(self._key(name), namespace=_NAMESPACE)
         return None if value is None else json.loads(value)
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        kv._internal_kv_put(self._key(name), json.dumps(content).encode(), overwrite=True, namespace=_NAMESPACE)
+        self._store._internal_kv_put(
+            self._key(name), json.dumps(content).encode(), overwrite=True, namespace=_NAMESPACE
+        )
 
     def _create(self, name: str, content: Mapping[str, Any]) -> bool:
         """Whether the key is new; an existing one stays as it is."""
-        existed = kv._internal_kv_put(
+        existed = self._store._internal_kv_put(
             self._key(name), json.dumps(content).encode(), overwrite=False, namespace=_NAMESPACE
         )
         return not existed

@@ -76,7 +76,9 @@ def environment(folder: Path, http: HttpConfig, cpus: int, timeout_s: float, mos
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(private / "metrics.sock"),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(prepare(folder, _binary(), (metrics, statistics), min(most, UNDER_WAY))),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(
+            write_wrapper(folder, _binary(), (metrics, statistics), min(most, UNDER_WAY))
+        ),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
@@ -115,7 +117,7 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def prepare(folder: Path, binary: str, ports: tuple[int, ...], most: int) -> Path:
+def write_wrapper(folder: Path, binary: str, ports: tuple[int, ...], most: int) -> Path:
     """Write the script that stands for HAProxy, and its error pages.
 
     Args:
@@ -123,6 +125,29 @@ def prepare(folder: Path, binary: str, ports: tuple[int, ...], most: int) -> Pat
         most: requests at a replica at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["sed", "-i", "-E", *(f"-e {shlex.quote(edit)}" for edit in _edits(folder, ports, most))])
+    script = folder / "haproxy"
+    # Where Ray is killed, HAProxy must not go on to hold the port and say that no replica answers.
+    last_words = 'if command -v setpriv > /dev/null; then set -- setpriv --pdeathsig KILL -- "$@"; fi'
+    script.write_text(
+        "#!/bin/sh\n# -db -f CONFIG ...: mends Ray Serve's configuration, then becomes HAProxy.\n"
+        f'{command} "$3"\nset -- {shlex.quote(binary)} "$@"\n{last_words}\nexec "$@"\n'
+    )
+    script.chmod(0o700)
+    return script
+
+
+def _edits(folder: Path, ports: tuple[int, ...], most: int) -> list[str]:
+    """What sed does to the configuration that Ray Serve writes (its `haproxy_templates.py`), and our error pages:
+
+    bind :9101                                       bind 127.0.0.1:9101
+    errorfile ..., log ..., option httplog           (gone)
+    frontend http_frontend                           and below it: no second try of a PUT; a name for each answer
+    http-request return status 404 content-type ...  http-request return status 503 default-errorfiles
+    server <replica> <address> check ...             server <replica> <address> check maxconn 128 ...
+    # Servers in this backend                        http-request return status 429 where no replica has room
+    defaults                                         and below it: time for a request's head; our error pages
+    """
     edits = [rf"s/^( *bind) [*]?:{port}$/\1 127.0.0.1:{port}/" for port in ports]
     edits += ["/^ *errorfile /d", "/^ *log /d", "/^ *option (httplog|log-health-checks)$/d"]
     # What changes something is not sent again: the model's change.
@@ -138,17 +163,7 @@ def prepare(folder: Path, binary: str, ports: tuple[int, ...], most: int) -> Pat
     edits.append(rf"s/^( *server .* check)( |$)/\1 maxconn {most}\2/")
     full = "http-request return status 429 default-errorfiles if METH_POST { nbsrv ge 1 } { be_conn_free lt 1 }"
     edits.append(f"s/^ *# Servers in this backend$/    {full}/")
-    edits.append("s|^defaults$|defaults\\n" + "\\n".join(pages) + "|")
-    command = " ".join(["sed", "-i", "-E", *(f"-e {shlex.quote(edit)}" for edit in edits)])
-    script = folder / "haproxy"
-    # Where Ray is killed, HAProxy must not go on to hold the port and say that no replica answers.
-    last_words = 'if command -v setpriv > /dev/null; then set -- setpriv --pdeathsig KILL -- "$@"; fi'
-    script.write_text(
-        "#!/bin/sh\n# -db -f CONFIG ...: mends Ray Serve's configuration, then becomes HAProxy.\n"
-        f'{command} "$3"\nset -- {shlex.quote(binary)} "$@"\n{last_words}\nexec "$@"\n'
-    )
-    script.chmod(0o700)
-    return script
+    return [*edits, "s|^defaults$|defaults\\n" + "\\n".join(pages) + "|"]
 
 
 def _page(error: RequestError) -> bytes:

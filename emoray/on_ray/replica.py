@@ -14,7 +14,7 @@ from emoray.engines import Wanted
 from emoray.errors import ModelError
 from emoray.http.candidate import Candidate, Model
 from emoray.http.errors import busy
-from emoray.http.local import LocalService, reason
+from emoray.http.local import LocalModel, reason
 from emoray.http.metrics import Metrics
 from emoray.http.service import Identity, Scored, State
 from emoray.on_ray import shares
@@ -49,7 +49,7 @@ class ReplicaService:
         elsewhere: shares.Elsewhere | None = None,
     ) -> None:
         self._elsewhere = elsewhere
-        self._local = LocalService(config, load, metrics)
+        self._local = LocalModel(config, load, metrics)
         self._declared, self._engine, self._gate, self._base = config.model, config.engine, config.gate, base
         self._board, self._name = board, name
         self._handled = 0
@@ -172,8 +172,10 @@ class ReplicaService:
         try:
             await self._boot()
         except Exception as error:
+            why = reason(self._declared, error)
             self._local.refuse()
-            self._up.set_exception(ModelError(reason(self._declared, error)))
+            self._swap = {"state": "failed", "to": self._declared, "error": why}
+            self._up.set_exception(ModelError(why))
             return
         self._up.set_result(None)
         self._start_declaring()  # beside, for an open change wants this replica's vote first
@@ -189,7 +191,7 @@ class ReplicaService:
             if accepted is not None and accepted.number == self._handled:
                 return
             if accepted is None:
-                self._local.adopt(await self._prepare(self._declared, self._gate, self._engine))
+                self._local.adopt(await self._bring_up(self._declared, self._gate, self._engine))
                 await self._settle_first()
                 continue
             await self._take_over(accepted)
@@ -198,7 +200,7 @@ class ReplicaService:
 
     async def _take_over(self, accepted: Change) -> None:
         """Serve what the others serve, which may not be refused here: it was let in once."""
-        self._local.adopt(await self._prepare(accepted.model, GateConfig(), accepted.engine))
+        self._local.adopt(await self._bring_up(accepted.model, GateConfig(), accepted.engine))
         self._in_service = accepted.number
 
     async def _settle_first(self) -> None:
@@ -246,7 +248,7 @@ class ReplicaService:
             return
         try:
             gate = GateConfig.model_validate(change.gate)
-            candidate = await self._prepare(change.model, gate, change.engine)
+            candidate = await self._bring_up(change.model, gate, change.engine)
             self._candidate, model = (change.number, candidate), str(candidate.identity)
             facts = {"from": str(self.identity), "to": model, "change": change.number, **candidate.comparison}
             vote: dict[str, Any] = {"model": model, "swap": {"state": "idle", **facts}}
@@ -254,8 +256,8 @@ class ReplicaService:
             self._candidate, vote = (change.number, None), {"error": reason(change.model, error)}
         await _in_thread(self._board.vote, change.number, self._name, vote)
 
-    async def _prepare(self, location: str, gate: GateConfig, engine: Wanted | None) -> Candidate:
-        return await self._local.prepare(locate_model(location, self._base), gate, engine)
+    async def _bring_up(self, location: str, gate: GateConfig, engine: Wanted | None) -> Candidate:
+        return await self._local.bring_up(locate_model(location, self._base), gate, engine)
 
 
 @contextmanager

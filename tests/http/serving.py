@@ -17,8 +17,10 @@ import uvicorn
 
 from emoray.http.app import make_app
 from emoray.http.keys import Keys
-from emoray.http.local import LocalService
+from emoray.http.metrics import Silent
 from emoray.metrics import Calibration, softmax
+from emoray.on_ray.board import Board
+from emoray.on_ray.replica import ReplicaService
 from emoray.prediction import Prediction
 from emoray.serve_config import ServeConfig
 from emoray.tokens import Tokens
@@ -82,6 +84,26 @@ def load_dummy(location: str) -> Dummy:
     return Dummy()
 
 
+class Store(dict[bytes, bytes]):
+    """The functions of Ray's key-value store that the board uses."""
+
+    def _internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, **_: bytes) -> bool:
+        existed = key in self
+        if overwrite or not existed:
+            self[key] = value
+        return existed
+
+    def _internal_kv_get(self, key: bytes, **_: bytes) -> bytes | None:
+        return self.get(key)
+
+    def _internal_kv_del(self, key: bytes, del_by_prefix: bool = False, **_: bytes) -> None:
+        for known in [known for known in self if known == key or (del_by_prefix and known.startswith(key))]:
+            del self[known]
+
+    def _internal_kv_list(self, prefix: bytes, **_: bytes) -> list[bytes]:
+        return [key for key in self if key.startswith(prefix)]
+
+
 class Server:
     """A running endpoint: `server.post("/v1/classify", {...})`."""
 
@@ -114,7 +136,7 @@ def serving(
     load: Any = load_dummy, keys: Keys | None = None, wait: bool = True, metrics: Any = None, **config: Any
 ) -> Iterator[Server]:
     settings = ServeConfig.model_validate({"model": "dummy", **config})
-    service = LocalService(settings, load, metrics)
+    service = ReplicaService(settings, "", Board("app", Store()), "1", metrics or Silent(), load)
     app = make_app(service, settings, keys=keys or Keys(), metrics=metrics)
     server = uvicorn.Server(
         uvicorn.Config(

@@ -7,7 +7,7 @@ import pytest
 from serving import Dummy
 
 from emoray.errors import ConfigError, ModelError
-from emoray.http.candidate import COMPARED, compare, prepare
+from emoray.http.candidate import COMPARED, bring_up, compare
 from emoray.serve_config import GateConfig, load
 
 
@@ -35,7 +35,7 @@ def test_the_gate(gate: dict[str, float], new: float | None, present: float | No
     served = model(present) if present is not None else None
 
     def bring() -> None:
-        prepare("there", lambda location: model(new), served, GateConfig.model_validate(gate))
+        bring_up("there", lambda location: model(new), served, GateConfig.model_validate(gate))
 
     if word is None:
         bring()
@@ -47,7 +47,7 @@ def test_the_gate(gate: dict[str, float], new: float | None, present: float | No
 def test_what_can_not_be_compared_is_kept_out_too() -> None:
     gate = GateConfig(may_lose=0.01)
     with pytest.raises(ModelError, match="what serves has no test f1 to compare it with"):
-        prepare("there", lambda location: model(0.9), model(None), gate)
+        bring_up("there", lambda location: model(0.9), model(None), gate)
     with pytest.raises(ConfigError, match=r"gate\.metric: is 'F1', but should be 'f1', 'macro_f1' or 'accuracy'"):
         load(None, ["gate.metric=F1"])
 
@@ -60,4 +60,4 @@ def test_the_comparison_tells_another_model_from_the_same_one() -> None:
 
 def test_a_model_that_answers_nonsense_is_refused() -> None:
     with pytest.raises(ModelError, match="not finite"):
-        prepare("there", lambda location: model(None, shift=float("nan")), None, GateConfig())
+        bring_up("there", lambda location: model(None, shift=float("nan")), None, GateConfig())

@@ -22,8 +22,8 @@ from emoray.errors import CheckpointError
 from emoray.http.app import make_app
 from emoray.http.errors import RequestError
 from emoray.http.keys import Key, Keys
-from emoray.http.local import LocalService
-from emoray.serve_config import ServeConfig
+from emoray.http.local import LocalModel
+from emoray.serve_config import GateConfig, ServeConfig
 
 ADMIN = "the-key-of-an-admin"
 KEYS = Keys((Key("boss", hashlib.sha256(ADMIN.encode()).digest(), admin=True),))
@@ -49,17 +49,15 @@ def test_the_same_text_gets_the_same_answer(trained_run: Path) -> None:
 def test_a_model_that_fails_on_any_text_is_known_from_one_that_fails_on_some() -> None:
     """The first is for Ray Serve to replace; the second would fail again."""
 
-    async def ask(service: LocalService, text: str) -> bool:
+    async def ask(service: LocalModel, text: str) -> bool:
         with suppress(RequestError):
             await service.classify([text], time.monotonic() + 10)
         return await service.is_broken()
 
     async def main() -> list[bool]:
         model = Dummy()
-        service = LocalService(ServeConfig(), lambda location: model)
-        await service.start()
-        while service.state != "ready":
-            await asyncio.sleep(0.01)
+        service = LocalModel(ServeConfig(), lambda location: model)
+        service.adopt(await service.bring_up("dummy", GateConfig()))
         found = [await ask(service, "fine"), await ask(service, "boom")]
         model.forward = lambda tokens: 1 / 0  # type: ignore[assignment,method-assign]
         found += [await ask(service, "fine")]
@@ -293,10 +291,8 @@ def test_a_fault_of_ours_shows_nothing_but_the_requests_id(caplog: pytest.LogCap
 
 def test_stopping_answers_what_is_under_way() -> None:
     async def scenario() -> list[Any]:
-        service = LocalService(ServeConfig(model="dummy"), load_dummy)
-        await service.start()
-        while service.state != "ready":
-            await asyncio.sleep(0.01)
+        service = LocalModel(ServeConfig(), load_dummy)
+        service.adopt(await service.bring_up("dummy", GateConfig()))
         asked = [asyncio.create_task(service.classify([f"nap {n}"], time.monotonic() + 10)) for n in range(3)]
         await asyncio.sleep(0.05)
         await service.close()

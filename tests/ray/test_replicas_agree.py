@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "http"))
 
-from serving import Dummy
+from serving import Dummy, Store
 
 from emoray.http.metrics import Silent
 from emoray.on_ray import board, replica
@@ -22,26 +22,6 @@ from emoray.on_ray.replica import ReplicaService
 from emoray.serve_config import ServeConfig
 
 NO_GATE = ServeConfig().gate.model_dump(mode="json")
-
-
-class Store(dict[bytes, bytes]):
-    """The functions of Ray's key-value store that the board uses."""
-
-    def _internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, **_: bytes) -> bool:
-        existed = key in self
-        if overwrite or not existed:
-            self[key] = value
-        return existed
-
-    def _internal_kv_get(self, key: bytes, **_: bytes) -> bytes | None:
-        return self.get(key)
-
-    def _internal_kv_del(self, key: bytes, del_by_prefix: bool = False, **_: bytes) -> None:
-        for known in [known for known in self if known == key or (del_by_prefix and known.startswith(key))]:
-            del self[known]
-
-    def _internal_kv_list(self, prefix: bytes, **_: bytes) -> list[bytes]:
-        return [key for key in self if key.startswith(prefix)]
 
 
 @pytest.fixture(autouse=True)
@@ -124,13 +104,13 @@ def test_another_engine_is_a_change_too() -> None:
 
     async def scenario() -> None:
         one = service("1", "/model", "onnx")
-        prepare = one._local.prepare
+        prepare = one._local.bring_up
 
         async def noted(location: str, gate: Any, engine: Any = None) -> Any:
             asked.append(engine)
             return await prepare(location, gate, engine)
 
-        one._local.prepare = noted  # type: ignore[method-assign]
+        one._local.bring_up = noted  # type: ignore[method-assign]
         await one.start()
         await one.until_up()
         await one.reconfigure(ServeConfig.model_validate({"model": "/model", "engine": "torch"}))

@@ -251,7 +251,7 @@ def test_haproxy_listens_on_this_machine_alone_and_speaks_json(tmp_path: Path) -
     config = tmp_path / "haproxy.cfg"
     config.write_text(written)
     assert "bind :9101" in written and "bind *:8404" in written and "errorfile 503 /of/ray" in written
-    script = haproxy.prepare(tmp_path / "front", "/bin/true", (9101, 8404), 256)
+    script = haproxy.write_wrapper(tmp_path / "front", "/bin/true", (9101, 8404), 256)
     subprocess.run([str(script), "-db", "-f", str(config)], check=True, timeout=60)
     mended = config.read_text()
     assert "frontend http_frontend\n    http-request disable-l7-retry if METH_PUT\n    http-after-response" in mended
