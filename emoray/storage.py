@@ -26,7 +26,7 @@ _PASSING = {
     errno.EHOSTUNREACH,
     errno.EAGAIN,
 }
-_LASTING = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE", "UNRECOGNIZED_CLIENT")
+_LASTING = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE", "UNRECOGNIZED_CLIENT", "not found")
 
 
 def is_uri(location: str) -> bool:
@@ -81,6 +81,11 @@ class Storage:
         from pyarrow import fs
 
         self.location = "".join(split_options(location))
+        if is_uri(location) and ":" in location.partition("://")[2].partition("/")[0].rpartition("@")[0]:
+            raise StorageError(
+                f"{location.partition('://')[0]}://...: holds a password, which would be kept with every model, and "
+                "in logs: name it by the environment (AWS_ACCESS_KEY_ID, ...), a profile or a role"
+            )
         try:
             if is_uri(location):
                 self._fs, self._root = fs.FileSystem.from_uri(self.location)

@@ -42,6 +42,13 @@ def test_an_unknown_uri_is_one_sentence(uri: str) -> None:
     assert uri in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_password_in_a_uri_is_refused_and_not_repeated() -> None:
+    with pytest.raises(StorageError, match="holds a password") as caught:
+        Storage("s3://key:very-secret@bucket/runs")
+    assert "very-secret" not in str(caught.value)
+    Storage("gs://anonymous@bucket/runs")
+
+
 def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
     folder = Storage(f"file://{tmp_path}/runs")
     assert folder.local_path == tmp_path / "runs"

@@ -370,6 +370,8 @@ class _Spy:
         DistributedDataParallel.no_sync = spied_no_sync  # type: ignore[method-assign]
 
 
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "any")  # for test_s3.py: what is forked sees what is set by now
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "any")
 _PROCESSES = multiprocessing.get_context("forkserver")
 # Imported once in a process that has run no tensor operation yet: from there a worker is forked in milliseconds.
 _PROCESSES.set_forkserver_preload(
