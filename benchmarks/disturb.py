@@ -27,7 +27,7 @@ from emoray.storage import Storage
 PATIENCE_S = 180.0
 """The longest wait for anything; generous, for machines that are busy with other things."""
 
-SHORT = "training.max_steps=120"
+SHORT = "training.max_steps=90"
 """Override for runs that still leave room for several kills."""
 
 TRAINING, SCORING = "RayTrainWorker", "MapWorker"
@@ -268,6 +268,10 @@ class SmallCluster:
         deadline = int((time.time() + seconds) * 1000)
         accepted, why = GcsClient(address=self.address).drain_node(node.node_id, reason, "taken away", deadline)
         assert accepted, why
+
+    def settle(self) -> None:
+        """Return when Ray itself knows the nodes that there are, and no other."""
+        self._cluster.wait_for_nodes(PATIENCE_S)
 
     @property
     def nodes(self) -> list[Any]:

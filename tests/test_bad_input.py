@@ -655,17 +655,16 @@ def ray_settings() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def local_ray(ray_settings: None) -> Iterator[None]:
-    """A cluster of one node with two CPUs."""
-    import ray
+@pytest.fixture
+def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a cluster of one node were joined; tests/ray/test_disturbed.py asks a real one."""
+    from emoray.on_ray import cluster
 
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="emoray")
-    yield
-    ray.shutdown()
+    monkeypatch.setattr(cluster, "connect", lambda: False)
+    monkeypatch.setattr(cluster, "dashboard", lambda: None)
+    monkeypatch.setattr(cluster, "live_nodes", lambda: [{"CPU": 2.0, "memory": 1e9}])
 
 
-@pytest.mark.ray
 @pytest.mark.usefixtures("ray_settings")
 def test_a_cluster_that_is_not_there(place: Place, emoray: Emoray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -688,8 +687,7 @@ def test_ray_that_does_not_start(place: Place, emoray: Emoray, monkeypatch: pyte
     assert "session_latest/logs" in answer.err and "Traceback" not in answer.err
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("two_cpus")
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -27,7 +27,6 @@ from tiny import Emoray, write_rows
 from emoray import doctor, doctor_machine, doctor_memory, doctor_step, hub
 from emoray.doctor_findings import GIB, Finding
 from emoray.on_ray import doctor as ray_doctor
-from emoray.storage import Storage
 
 Usage = namedtuple("Usage", "total used free")
 Look = Callable[..., Finding]
@@ -352,37 +351,6 @@ def test_other_versions_on_the_cluster(
     monkeypatch.setattr(ray_doctor.usage_lib, "get_cluster_metadata", lambda _: there)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     is_found(bare("cluster"), "problem", *words, remedy="same versions on all nodes")
-
-
-@pytest.mark.ray
-def test_cluster_and_its_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A real cluster of two nodes: sound; then storage that they don't share with the driver; too few CPUs."""
-    from ray._private.authentication.authentication_utils import get_authentication_mode_name
-    from ray._raylet import get_authentication_mode
-    from ray.cluster_utils import Cluster
-
-    for limit in ("_CONNECT_S", "_GCS_S", "_NODE_S"):
-        monkeypatch.setattr(ray_doctor, limit, 120.0)  # a busy machine is none of the faults
-    # Ray read its mode when it was imported; the cluster's processes read it now.
-    monkeypatch.setenv("RAY_AUTH_MODE", get_authentication_mode_name(get_authentication_mode()))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        cluster.add_node(num_cpus=1)
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        asked = ["workers.num_workers=3", "workers.use_gpu=false", f"run.storage_path={tmp_path / 'runs'}"]
-        findings = {f.name: f for f in doctor.examine(None, asked, checks=["config", "cluster", "workers"])}
-        assert findings["cluster"].found.endswith("2 nodes, 2 CPU, 0 GPU")
-        is_found(findings["nodes"], "ok", "can be written from 2 nodes", remedy="")
-        is_found(findings["workers"], "problem", "room for 2", remedy="lower workers.num_workers")
-        assert not (tmp_path / "runs").exists()
-        monkeypatch.setattr(Storage, "write", lambda *_, **__: None)
-        blind = [f for f in doctor.examine(None, asked, checks=["config", "cluster"]) if f.name.startswith("node ")]
-        assert len(blind) == 2
-        is_found(blind[0], "problem", "doesn't see", remedy="every node can write")
-        assert not ray.is_initialized()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def test_config_with_a_typo(look: Look) -> None:

@@ -27,6 +27,9 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+_GCS_WAIT = ("RAY_gcs_server_port_wait_time_s", "5")
+"""For so long Ray tries to join a cluster that listens: its usual 20 s would pass with a wrong token, too."""
+
 _KNOCK_S = 10.0
 """How long the host of a named cluster may take to accept a connection, in seconds."""
 
@@ -81,8 +84,9 @@ def connect() -> bool:
         return False
     address = os.environ.get("RAY_ADDRESS")
     try:
-        if address:
+        if address not in (None, "", "auto", "local"):
             knock(address)
+            os.environ.setdefault(*_GCS_WAIT)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, namespace="emoray")
     except Exception as error:  # Ray raises bare ones too, where a process of its own doesn't come up
         reason = first_line(error).rstrip(".")

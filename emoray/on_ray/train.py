@@ -14,7 +14,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
-from emoray import model, run, signals
+from emoray import run, signals
 from emoray.config import TrainConfig
 from emoray.errors import EmorayError, InterruptedRunError, NotFiniteError, RunError
 from emoray.on_ray import cluster, elastic, ray_train
@@ -84,8 +84,10 @@ def train(config: TrainConfig, watcher: Watcher, stint: Stint | None = None) -> 
             watcher.say(f"{folder.location} is finished; run.on_existing=replace would train it anew.")
             return done
     if stint is None:
+        from emoray import model  # transformers takes seconds, and a trial's driver has no use for it
+
         watcher.say(f"Loading {config.model.pretrained}")
-        weights = model.load(config.model, task.labels, config.training.seed)
+        weights = model.as_arrays(model.load(config.model, task.labels, config.training.seed))
     with cluster.session(watcher.say) as dashboard:
         placement = cluster.place(config.workers)
         _say_placement(watcher, placement, dashboard)
@@ -96,7 +98,7 @@ def train(config: TrainConfig, watcher: Watcher, stint: Stint | None = None) -> 
         attempt.write(run.CONFIG, config.to_yaml())
         cluster.wait_for_room(config.workers, placement, watcher.say)
         if stint is None:
-            stint = Stint(task, ray.put(model.as_arrays(weights)), None, threading.Event())
+            stint = Stint(task, ray.put(weights), None, threading.Event())
         with tempfile.TemporaryDirectory(prefix="emoray-ray-", ignore_cleanup_errors=True) as scratch:
             return _Fit(replace(stint, task=task), folder, attempt.number, placement, scratch, watcher).run()
 

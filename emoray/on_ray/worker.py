@@ -9,14 +9,10 @@ import ray
 import torch
 
 from emoray.errors import InterruptedRunError, StorageError
-from emoray.finish import finish
-from emoray.model import as_tensors
 from emoray.on_ray.train_metrics import TrainMetrics
-from emoray.on_ray.worker_control import Leaving, WorkerControl
 from emoray.process import set_up_torch
 from emoray.run import Attempt
 from emoray.storage import Storage
-from emoray.training import train
 from emoray.world import World
 
 _BLAME_S = 10.0
@@ -31,8 +27,14 @@ def run_worker(job: dict[str, Any]) -> None:
             attempt's number, `channel` the actor's handle, `cpus` this worker's threads, `pause_after` the evaluation
             to pause after, or None.
     """
+    # Seconds, of which the drivers that hand this function on have no use.
     from ray.train import get_context
     from ray.train.torch import get_device
+
+    from emoray.finish import finish
+    from emoray.model import as_tensors
+    from emoray.on_ray.worker_control import Leaving, WorkerControl
+    from emoray.training import train
 
     context = get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())

@@ -18,8 +18,11 @@ TWO = ("workers.num_workers=2", "training.train_batch_size=16")
 
 
 @pytest.mark.parametrize("name", ["killed", pytest.param("killed-twice", marks=pytest.mark.slow)])
-def test_worker_and_driver_are_killed(name: str, bench: Bench, undisturbed: Left) -> None:
-    """SIGKILL to the worker, or to it and to the driver, then SIGTERM to the driver; the same command follows each."""
+def test_worker_and_driver_are_killed(name: str, bench: Bench, cluster: SmallCluster, undisturbed: Left) -> None:
+    """SIGKILL to the worker, or to it and to the driver, then SIGTERM to the driver; the same command follows each.
+
+    Begun on a Ray of its own, the run ends on a cluster that runs already.
+    """
     first = bench.train(name, SHORT)
     first.wait_for_step(random.randint(1, 15))
     (worker,) = workers_below(first.process.pid)
@@ -39,9 +42,10 @@ def test_worker_and_driver_are_killed(name: str, bench: Bench, undisturbed: Left
     first.terminate()
     assert first.status() == 143, first.output
 
-    last = bench.train(name, SHORT)
-    assert last.status() == 0, last.output
-    assert f"Stopped after step {last.restarts[0]} of 120" in first.output  # what SIGTERM saved is not done again
+    with cluster.node():
+        last = bench.train(name, SHORT, address=cluster.address)
+        assert last.status() == 0, last.output
+    assert f"Stopped after step {last.restarts[0]} of 90" in first.output  # what SIGTERM saved is not done again
     assert left_by(last.run) == undisturbed
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import LABELS, sentences, write_rows
 
-from benchmarks.disturb import SCORING, Bench, SmallCluster, wait_for_end
+from benchmarks.disturb import SCORING, Bench, Command, SmallCluster, wait_for_end
 from emoray.classifier import Classifier
 from emoray.console import ScoringDisplay
 from emoray.on_ray import predict
@@ -36,25 +36,24 @@ def read(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for part in sorted(output.glob("part-*")) for line in part.read_text().splitlines()]
 
 
-def test_killed_and_given_again(bench: Bench, trained_run: Path, source: Path) -> None:
-    output = bench.folder / "runs" / "scored"
-    arguments = ["predict", str(trained_run), str(source), "--output", str(output)]
-    first = bench.start("scored", arguments)
-    first.wait_until(lambda: len(list(output.glob("_emoray/done/*"))) >= 2, "two parts")
-    first.kill()
-    first.end()
-    before = {path.stem[-5:]: path.stat().st_mtime_ns for path in output.glob("part-*")}
-    before = {number: when for number, when in before.items() if (output / f"_emoray/done/{number}.json").exists()}
+def test_every_row_once_and_in_order(bench: Bench, cluster: SmallCluster, trained_run: Path, source: Path) -> None:
+    with cluster.node(cpus=2):
+        command = bench.start("whole", _command(trained_run, source, bench, "whole"), address=cluster.address)
+        assert command.status() == 0, command.output
+    _must_be_whole(command, trained_run, source)
+    assert parts(command.run) == scored_here(trained_run, source, bench.folder / "runs" / "undisturbed-scored")
 
-    second = bench.start("scored", [*arguments, "--json"])
-    assert second.status() == 0, second.output
-    assert f"Going on: {len(before)} of 10 parts are there already" in second.output
-    assert all((output / f"part-{number}.jsonl").stat().st_mtime_ns == when for number, when in before.items())
-    summary = json.loads(second.output.splitlines()[-1])
+
+def _command(trained_run: Path, source: Path, bench: Bench, name: str) -> list[str]:
+    return ["predict", str(trained_run), str(source), "--output", str(bench.folder / "runs" / name), "--json"]
+
+
+def _must_be_whole(command: Command, trained_run: Path, source: Path) -> None:
+    """Every row once, in order, with the classifier's answers."""
+    summary = json.loads(command.output.splitlines()[-1])
     assert (summary["rows"], summary["errors"], summary["parts"]) == (ROWS, 2, 10)
     assert sum(summary["labels"].values()) == ROWS - 2
-
-    rows = read(output)
+    rows = read(command.run)
     given = [json.loads(line) for line in source.read_text().splitlines()]
     assert [row["id"] for row in rows] == list(range(ROWS))
     assert [row.get("text") for row in rows] == [row.get("text") for row in given]
@@ -69,7 +68,27 @@ def test_killed_and_given_again(bench: Bench, trained_run: Path, source: Path) -
             None,
         )
         assert row["scores"] == pytest.approx(prediction.scores, abs=1e-5)
-    assert parts(output) == scored_here(trained_run, source, bench.folder / "runs" / "undisturbed-scored")
+
+
+@pytest.mark.slow  # what is kept of a killed command is in tests/test_batch.py, without Ray
+def test_killed_and_given_again(bench: Bench, cluster: SmallCluster, trained_run: Path, source: Path) -> None:
+    """Begun on a Ray of its own, it ends on a cluster that runs already."""
+    output = bench.folder / "runs" / "scored"
+    arguments = _command(trained_run, source, bench, "scored")
+    first = bench.start("scored", arguments)
+    first.wait_until(lambda: len(list(output.glob("_emoray/done/*"))) >= 2, "two parts")
+    first.kill()
+    first.end()
+    before = {path.stem[-5:]: path.stat().st_mtime_ns for path in output.glob("part-*")}
+    before = {number: when for number, when in before.items() if (output / f"_emoray/done/{number}.json").exists()}
+
+    with cluster.node(cpus=2):
+        second = bench.start("scored", arguments, address=cluster.address)
+        assert second.status() == 0, second.output
+    assert f"Going on: {len(before)} of 10 parts are there already" in second.output
+    assert all((output / f"part-{number}.jsonl").stat().st_mtime_ns == when for number, when in before.items())
+    _must_be_whole(second, trained_run, source)
+    assert parts(output) == scored_here(trained_run, source, bench.folder / "runs" / "undisturbed-again")
 
 
 def parts(output: Path) -> list[bytes]:

@@ -59,10 +59,12 @@ def start(bench: Bench, sweep_file: Path, name: str, *overrides: str, address: s
 
 
 @pytest.fixture(scope="module")
-def small(bench: Bench, sweep_file: Path, overrides: list[str]) -> Path:
-    """The folder of a sweep of two trials to their end."""
-    command = start(bench, sweep_file, "small", *overrides, "tune.num_trials=2", "tune.scheduler=none")
-    assert command.status() == 0, command.output
+def small(bench: Bench, cluster: SmallCluster, sweep_file: Path, overrides: list[str]) -> Path:
+    """The folder of a sweep of two trials to their end, on a cluster that runs already."""
+    two = ("tune.num_trials=2", "tune.scheduler=none")
+    with cluster.node(cpus=2):
+        command = start(bench, sweep_file, "small", *overrides, *two, address=cluster.address)
+        assert command.status() == 0, command.output
     return command.run
 
 
