@@ -83,7 +83,11 @@ def load_model(location: str, engine: Wanted = "auto") -> Model:
 
     model = find_model(location)
     folder = checkpoint.fetch(model)
-    ensure_for(engine, model, folder, _log.info)
+    try:
+        ensure_for(engine, model, folder, _log.info)
+    except BaseException:
+        checkpoint.release(model, folder)
+        raise
     return Classifier.from_copy(model, folder, engine=engine)
 
 

@@ -24,6 +24,7 @@ from ray.serve.context import _get_global_client
 
 from emoray import checkpoint, local_http
 from emoray.classifier import find_model, locate_model
+from emoray.engines.choice import exports_for
 from emoray.errors import ClusterError, ModelError
 from emoray.export import ensure_for
 from emoray.folders import private_folder
@@ -116,6 +117,8 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
 def _find_and_export(config: ServeConfig, say: Say) -> None:
     """Raises where there is no model; one without its exports gets them here, once, and not in every replica."""
     model = find_model(config.model)
+    if not exports_for(config.engine):
+        return
     folder = checkpoint.fetch(model)
     try:
         ensure_for(config.engine, model, folder, say)
