@@ -165,7 +165,9 @@ def cut(files: Sequence[File], text_column: str) -> Input:
             _cut_text(file, text_column, at_least, found, problems)
     if found.columns and text_column not in found.columns:
         close = nearest(text_column, found.columns)
-        problems.append(f"no column '{text_column}'{close}; the columns are {listing(list(found.columns))}")
+        problems.append(
+            f"no column '{text_column}'{close}; the columns are {listing(list(found.columns))}: give --text-column"
+        )
     if problems:
         raise DataError(listing([file.location for file in files], 3), problems)
     return found

@@ -70,9 +70,13 @@ def quickstart() -> None:
     from emoray import quickstart as small
     from emoray.config import load
     from emoray.console import out
+    from emoray.console import say as tell
+    from emoray.run import open_run
     from emoray.storage import below
 
     config = load(small.config_path(), ["run.on_existing=replace"])
+    if open_run(config.run).exists():
+        tell("Training anew what an earlier quickstart left")
     small.make_encoder(Path(config.model.pretrained))
     _train(config, as_json=False)
     out("\nThree sentences, classified:")
@@ -137,11 +141,20 @@ def tune(config: TuneConfig, overrides: TuneOverrides = None, as_json: Json = Fa
 
 @_command("emoray show configs/emotion.yaml training.num_epochs=3")
 def show(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Print the resolved config; nothing is started."""
-    from emoray.config import load
+    """Print the resolved config, of any kind; nothing is started."""
+    from emoray import config as train_config
+    from emoray import serve_config, tune_config
+    from emoray.config_files import Section, read_yaml
     from emoray.console import out
 
-    resolved = load(config, overrides or [])
+    tree, given = read_yaml(config), overrides or []
+    resolved: Section
+    if "search" in tree:
+        resolved = tune_config.load(config, given).to_config()
+    elif tree.keys() & {"http", "replicas"}:
+        resolved = serve_config.load(config, given)
+    else:
+        resolved = train_config.load(config, given)
     out(resolved.model_dump_json(indent=1) if as_json else resolved.to_yaml().rstrip())
 
 
@@ -247,6 +260,7 @@ def evaluate(
     """
     from emoray.classifier import Classifier
     from emoray.console import out
+    from emoray.console import say as tell
     from emoray.evaluation import as_dict, evaluation_text, rows_for, score_on
 
     if len(models) > 2:
@@ -272,6 +286,7 @@ def evaluate(
             report.write_text(render(of_evaluation(classifiers[0], scored)), encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{report}: can't be written: {error.strerror or error}") from None
+        tell(f"Report: {report}")
     out(json.dumps(as_dict(scored), ensure_ascii=False) if as_json else evaluation_text(scored))
 
 
@@ -402,6 +417,7 @@ def serve(
         out(json.dumps(asdict(ready)) if as_json else ready.text())
         if ready.is_here:
             wait_for_the_end()
+            tell("Stopping: requests that are under way are answered first")
 
 
 @_command("emoray submit --detach -- train configs/emotion.yaml run.storage_path=s3://bucket/runs")
@@ -511,12 +527,31 @@ def _fail(message: str) -> None:
     fail(message)
 
 
+_TAKE_OVERRIDES = ("train", "tune", "show", "check-data", "doctor")
+
+
+def _refuse_keys_as_options(arguments: list[str]) -> None:
+    """Raises EmorayError for `--learning-rate 3e-5`, as other trainers have it."""
+    for argument in arguments:
+        name = argument[2:].partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and name not in ("json", "label_errors", "help"):
+            from emoray.config import TrainConfig
+            from emoray.config_files import flatten
+
+            keys = [key for key in flatten(TrainConfig().model_dump()) if key.endswith(f".{name}")]
+            if keys:
+                value = argument.partition("=")[2] or "VALUE"
+                raise EmorayError(f"{argument}: config keys are no options: write {keys[0]}={value}")
+
+
 def main() -> None:
     """Entry point of the `emoray` command."""
     with _mendable_errors():
         for argument in sys.argv[1:]:
             if re.match(r"--[a-z]+\.[a-z_.]+=", argument):  # as other trainers have it; typer only says no such option
                 raise EmorayError(f"{argument}: overrides have no dashes: write {argument.lstrip('-')}")
+        if sys.argv[1:2] and sys.argv[1] in _TAKE_OVERRIDES:
+            _refuse_keys_as_options(sys.argv[2:])
         app(prog_name="emoray")
 
 

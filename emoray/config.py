@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from emoray.config_files import Fraction, Number, PositiveInt, Section, Switch, flatten, load_as, validate
+from emoray.config_files import Fraction, Number, PositiveInt, Section, Switch, flatten, load_as, read_yaml, validate
+from emoray.errors import ConfigError
 
 BestMetric = Literal["f1", "macro_f1", "accuracy", "loss"]
 """What checkpoints and trials are compared by, on validation."""
@@ -241,6 +242,10 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: with every problem found.
     """
+    if path is not None and "search" in read_yaml(path):
+        raise ConfigError(
+            str(path), ["is a sweep's config: give it to `emoray tune`, or here the config that it names as base"]
+        )
     return load_as(TrainConfig, path, overrides)
 
 

@@ -146,7 +146,9 @@ def _apply(tree: dict[str, Any], override: str) -> str | None:
     """Set one dotted key in the tree; returns the problem, if any."""
     key, equals, value = override.partition("=")
     if not equals or not all(key.strip().split(".")):
-        return f"'{override}' is not an override: write section.key=value, e.g. training.learning_rate=3e-5"
+        return (
+            f"'{override}' is not an override: write section.key=value without spaces, e.g. training.learning_rate=3e-5"
+        )
     *parents, leaf = key.strip().split(".")
     try:
         parsed = yaml.safe_load(value)

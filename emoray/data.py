@@ -54,9 +54,11 @@ class Dataset:
     fingerprint: str
     """sha256 over the label names and every split's texts and label ids, whatever the file format."""
     warnings: list[str]
-    """One sentence each, with counts."""
+    """One sentence each, with counts; those on splits that were cut out of train are `notes` too."""
     source: str
     """`data.dataset` as configured."""
+    notes: tuple[str, ...] = ()
+    """Warnings of which nobody need do anything."""
 
 
 def load(config: DataConfig) -> Dataset:
@@ -94,7 +96,7 @@ def load(config: DataConfig) -> Dataset:
         raise DataError(config.dataset, problems)
     splits = {name: splits[name] for name in SPLITS}
     warnings = [*source.warnings, *cut, *_doubts(splits)]
-    return Dataset(labels, splits, _fingerprint(labels, splits), warnings, config.dataset)
+    return Dataset(labels, splits, _fingerprint(labels, splits), warnings, config.dataset, tuple(cut))
 
 
 def load_split(config: DataConfig, name: str) -> Split:

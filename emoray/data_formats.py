@@ -147,7 +147,7 @@ def _decode(raw: bytes, rows: Rows, problems: list[str]) -> str:
 def _column_problem(where: str, column: str, existing: Sequence[str], key: str) -> str:
     return (
         f"{where}: no column '{column}'{nearest(column, existing)}; its columns are {listing(existing)}: "
-        f"set data.{key} to one of them"
+        f"set data.{key} (of `emoray evaluate`: --{key.replace('_', '-')}) to one of them"
     )
 
 

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from emoray import data_hub, hub
 from emoray.config import ModelConfig, TrainingConfig
+from emoray.data_files import near
 from emoray.errors import ModelError
 from emoray.packed_model import first_position
 from emoray.wording import first_line
@@ -209,14 +210,16 @@ def _errors(pretrained: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = first_line(error).rstrip(".")
-        if os.path.isdir(pretrained):
+        if not os.path.isdir(pretrained) and not data_hub.is_id(pretrained):
+            found = f"no such folder{near(Path(pretrained))}; give a Hugging Face folder, or a Hub id (owner/name)"
+        elif os.path.isdir(pretrained):
             found = f"the {what} can't be loaded from this folder: {reason}; give a whole Hugging Face folder"
-        elif hub.reachable() and data_hub.is_id(pretrained):
+        elif hub.reachable():
             found = (
                 f"no such folder here, and the Hub has no {what} of it that can be loaded: {reason}. Correct "
                 "model.pretrained; for a private or gated one log in (hf auth login)"
             )
-        elif _is_missing(error) or not data_hub.is_id(pretrained):
+        elif _is_missing(error):
             found = f"no such folder here, and its {what} couldn't be fetched from the Hub. {hub.REMEDY}"
         else:
             found = f"the {what} of its cached copy can't be loaded: {reason}"
@@ -230,7 +233,7 @@ def _is_missing(error: Exception) -> bool:
 
 def _local_only(pretrained: str) -> bool:
     """Look into the cache alone where the Hub is out of reach: transformers would retry for half a minute."""
-    return os.path.isdir(pretrained) or not hub.reachable()
+    return os.path.isdir(pretrained) or not data_hub.is_id(pretrained) or not hub.reachable()
 
 
 @contextlib.contextmanager

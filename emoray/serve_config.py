@@ -103,6 +103,8 @@ class ServeConfig(Section):
 
     model: Annotated[str, Field(min_length=1)] = "runs/emotion/best"
     """Folder or URI of a model, or the name of a run or sweep, whose best checkpoint is taken."""
+    served_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = None
+    """What clients call the model, in Triton's URLs say; null is the run's name, which changes with the model."""
     engine: Wanted = "auto"
     """What runs the model; `auto` takes the fastest that agrees."""
     http: HttpConfig = HttpConfig()

@@ -94,6 +94,18 @@ def override_with_dashes(place: Place) -> Command:
     return place.train("--training.seed=3")
 
 
+@bad("--learning-rate: config keys are no options: write training.learning_rate=VALUE")
+def key_as_an_option(place: Place) -> Command:
+    return [*place.train(), "--learning-rate", "3e-5"]
+
+
+@bad("tune.yaml: 1 problem", "is a sweep's config: give it to `emoray tune`")
+def sweep_s_config_to_train(place: Place) -> Command:
+    path = place.folder / "tune.yaml"
+    path.write_text("search: {training.learning_rate: {loguniform: [1e-5, 1e-3]}}")
+    return ["train", str(path)]
+
+
 @bad("is not a config, whose name ends in .yaml", "data.dataset=")
 def data_instead_of_a_config(place: Place) -> Command:
     return ["train", str(place.data)]
@@ -361,7 +373,7 @@ def check_data_says_the_same(place: Place) -> Command:
 # Model
 
 
-@bad("no such folder here", "Give a local folder, or put a cached copy where HF_HOME points")
+@bad("bert: no such folder (", "give a Hugging Face folder, or a Hub id (owner/name)")
 def no_such_encoder(place: Place) -> Command:
     return place.train(f"model.pretrained={place.folder}/bert")
 

@@ -77,14 +77,22 @@ def test_submit_refuses_before_the_upload_what_the_command_would_refuse(emoray: 
     for command, told in [
         (["train", config, "training.learning_rat=1"], "did you mean 'learning_rate'"),
         (["train", config, "run.storage_path=runs"], "run.storage_path is runs, which would lie in the job's own"),
-        (["predict", "runs/a", "s3://b/in", "--output", "scored.csv"], "--output is scored.csv, which would lie in"),
-        (["predict", "runs/a", "s3://b/in", "--output=scored/"], "--output is scored/, which would lie in"),
+        (["predict", "s3://b/m", "s3://b/in", "--output", "scored.csv"], "--output is scored.csv, which would lie in"),
+        (["predict", "s3://b/m", "s3://b/in", "--output=scored/"], "--output is scored/, which would lie in"),
+        (["evaluate", "runs/a"], "runs/a lies in runs/, which no job is sent: give an absolute path"),
     ]:
         answer = emoray("submit", "--address", "http://127.0.0.1:1", "--", *command)
         assert answer.status == 1 and told in answer.err, answer.err
 
 
 # show
+
+
+def test_show_knows_every_kind_of_config(emoray: Emoray) -> None:
+    configs = Path(__file__).parents[1] / "configs"
+    sweep = yaml.safe_load(emoray("show", configs / "tune.yaml", "tune.num_trials=3").out)
+    assert sweep["tune"]["num_trials"] == 3 and sweep["base"] is None and "training" in sweep
+    assert yaml.safe_load(emoray("show", configs / "serve.yaml", "http.port=1234").out)["http"]["port"] == 1234
 
 
 def test_show_prints_the_resolved_config(emoray: Emoray, tmp_path: Path) -> None:
@@ -200,7 +208,7 @@ def test_evaluate_on_other_data(emoray: Emoray, trained_run: Path, tmp_path: Pat
     report = tmp_path / "report.html"
     path = write_rows(tmp_path / "new.jsonl", rows)
     answer = emoray("evaluate", trained_run, "--data", path, "--report", report, "--json")
-    assert answer.status == 0 and answer.err == ""
+    assert answer.status == 0 and answer.err == f"Report: {report}\n"
     figures = json.loads(answer.out)
     assert figures["rows"] == 2 and figures["accuracy"] == 1.0
     assert report.read_text(encoding="utf-8").startswith("<!doctype html>")

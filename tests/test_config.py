@@ -133,7 +133,7 @@ workers: {num_workers: two}
 """
     found = problems("nonsense", "training.warmup_ratio=2", text=text, folder=tmp_path)
     expected = [
-        "'nonsense' is not an override: write section.key=value, e.g. training.learning_rate=3e-5",
+        "'nonsense' is not an override: write section.key=value without spaces, e.g. training.learning_rate=3e-5",
         "trainig: unknown section (did you mean 'training'?)",
         "run.nme: unknown key (did you mean 'name'?)",
         "model.max_length: is 3, but should be greater than or equal to 4",

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -99,7 +99,10 @@ class LocalModel:
         """
         present = self._served.model if self._served else None
         load = self._load or partial(load_model, engine=engine or self._config.engine)
-        return await asyncio.get_running_loop().run_in_executor(self._loaders, bring_up, location, load, present, gate)
+        run = asyncio.get_running_loop().run_in_executor
+        candidate = await run(self._loaders, bring_up, location, load, present, gate)
+        name = self._config.served_name or candidate.identity.name
+        return replace(candidate, identity=replace(candidate.identity, name=name))
 
     def adopt(self, candidate: Candidate) -> None:
         """Put a model into service: one reference changes, and the old one answers what it has."""

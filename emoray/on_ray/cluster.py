@@ -230,9 +230,10 @@ def wait_for_room(workers: WorkersConfig, placement: Placement, say: Callable[[s
                 say(f"Waiting up to {limit:g} s for {placement.min_workers} x {placement.each}")
     finally:
         ray.util.remove_placement_group(group)
+    free = amounts(ray.available_resources())
     raise ClusterError(
-        f"The cluster gave no room for {placement.min_workers} x {placement.each} within {limit:g} s "
-        f"(free now: {amounts(ray.available_resources())}): end what else runs there, lower workers.num_workers or "
+        f"The cluster gave no room for {placement.min_workers} x {placement.each} in {limit:g} s (free now: {free}): "
+        "end what else runs there (an endpoint: `serve shutdown -y`), lower workers.num_workers or "
         "workers.cpus_per_worker, or raise workers.wait_for_nodes_s where nodes take longer to come."
     )
 

@@ -18,6 +18,7 @@ import yaml
 from ray.exceptions import RayError
 from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
 
+from emoray.classifier import locate_model
 from emoray.errors import ClusterError, ConfigError
 from emoray.storage import is_uri
 from emoray.wording import first_line
@@ -30,6 +31,7 @@ STOPPED = 3
 _MENDABLE = (1, 2)
 """Exit statuses of a command that has said what a person must do: the same again would say the same."""
 
+_TAKE_MODELS = ("classify", "evaluate", "predict", "export", "serve")
 _PATIENCE_S = 600.0
 """How long the cluster may not answer before following ends, in seconds; the job is not touched by that."""
 
@@ -102,6 +104,8 @@ def check(command: Sequence[str]) -> None:
     if not command:
         raise ConfigError("emoray submit", ["no command: e.g. emoray submit -- train configs/emotion.yaml"])
     name, *arguments = [word for word in command if word != "--json"]
+    if name in _TAKE_MODELS and arguments:
+        _refuse_local_model(name, arguments[0])
     if name not in ("train", "tune", "predict") or not arguments:
         return
     from emoray import config, tune_config
@@ -122,6 +126,15 @@ def check(command: Sequence[str]) -> None:
         )
 
 
+def _refuse_local_model(name: str, location: str) -> None:
+    runs = os.path.join(os.getcwd(), "runs", "")
+    if not is_uri(location) and not os.path.isabs(location) and locate_model(location, os.getcwd()).startswith(runs):
+        raise ConfigError(
+            f"emoray submit {name}",
+            [f"{location} lies in runs/, which no job is sent: give an absolute path that all nodes see, or a URI"],
+        )
+
+
 def _value_of(option: str, arguments: Sequence[str]) -> str:
     """What an option is given, as `--output x` or `--output=x`; empty where it isn't there, which the command tells."""
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -138,7 +151,9 @@ def connect(address: str | None) -> Any:
     Raises:
         ClusterError: it can't be reached, or refuses the token.
     """
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for logger in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)  # that .git isn't sent
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     try:
         return JobSubmissionClient(where)

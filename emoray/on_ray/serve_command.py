@@ -89,6 +89,7 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
     joined = _join_own(config.http.port)
     if not joined and os.environ.get("RAY_ADDRESS", "local") == "local":
         _find_and_export(config, say)  # told at once, before anything is started
+    say("Connecting to Ray")
     is_here = cluster.connect()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
@@ -98,6 +99,7 @@ def endpoint(config: ServeConfig, say: Say) -> Iterator[Ready]:
         with ThreadPoolExecutor(1) as beside:
             proxies = beside.submit(_start_serve, config, is_here)
             url = _address(config, proxies)
+            say("Starting the endpoint")
             board, number = _deploy(config, keys, say)
             proxies.result()
         _until_ready(url)  # which also wakes an endpoint that sleeps
@@ -318,6 +320,7 @@ def _join_own(port: int) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     os.environ["RAY_ADDRESS"] = address
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # how to switch it off was not asked
     if auth == "token":  # Ray asks for it by itself where it starts a cluster, but not at an address that is named
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     return True

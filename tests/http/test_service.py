@@ -164,6 +164,16 @@ def test_five_changes_under_load_lose_nothing() -> None:
     assert failures == [] and len(models) >= 5
 
 
+def test_a_served_name_stays_when_the_model_changes() -> None:
+    """Clients of Triton and others name the model in each request."""
+    with serving(load=load_any, keys=KEYS, served_name="emotions") as server:
+        put = server.session.put(server.url + "/v1/model", json={"model": "m" * 7}, headers=HEADERS)
+        assert put.status_code == 202 and wait_for_swap(server, "idle")["to"] == "emotions@000000000007"
+        assert server.get("/v2/models/emotions/ready", headers=HEADERS).status_code == 200
+        answer = server.post("/v1/classify", {"texts": ["a"]}, headers=HEADERS).json()
+        assert answer["model"] == "emotions@000000000007"
+
+
 def test_logs_are_json_without_texts(caplog: pytest.LogCaptureFixture) -> None:
     secret = "my-most-private-feeling"
     with caplog.at_level(logging.DEBUG), serving(keys=KEYS) as server:
