@@ -24,7 +24,7 @@ from emoray.http.batcher import Batcher
 from emoray.http.candidate import Candidate, Model, bring_up, finite, load_model
 from emoray.http.errors import RequestError, invalid, unavailable
 from emoray.http.metrics import Metrics, Silent
-from emoray.http.service import Identity, Scored, State
+from emoray.http.service import Answer, Identity, State
 from emoray.serve_config import GateConfig, ServeConfig
 from emoray.tokens import Tokens
 from emoray.wording import first_line
@@ -130,7 +130,7 @@ class LocalModel:
 
     async def classify(
         self, texts: Sequence[str], deadline: float, truncate: bool = True, explain: bool = False
-    ) -> Scored:
+    ) -> Answer:
         loop = asyncio.get_running_loop()
         try:
             served, tokens, occlusion, rows = await self._score(texts, deadline, truncate, explain)
@@ -149,7 +149,7 @@ class LocalModel:
         for prediction in predictions:
             self._metrics.prediction(prediction.label, prediction.score)
         explanations = occlusion.explanations(served.model, logits, np.array(without)) if occlusion else ()
-        return Scored(str(served.identity), served.identity.labels, predictions, logits, explanations)
+        return Answer(str(served.identity), served.identity.labels, predictions, logits, explanations)
 
     async def is_broken(self) -> bool:
         """Whether the model fails on any text, as after an error of its GPU; it is asked only once it has failed."""

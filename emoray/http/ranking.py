@@ -6,12 +6,12 @@ from typing import Literal
 
 import numpy as np
 
-from emoray.http.service import Scored
+from emoray.http.service import Answer
 
 Function = Literal["softmax", "sigmoid", "none"]
 
 
-def ranked(scored: Scored, function: Function = "softmax", top_k: int | None = None) -> list[list[dict[str, object]]]:
+def ranked(answer: Answer, function: Function = "softmax", top_k: int | None = None) -> list[list[dict[str, object]]]:
     """`[{"label", "score"}, ...]` for each text.
 
     Args:
@@ -22,13 +22,13 @@ def ranked(scored: Scored, function: Function = "softmax", top_k: int | None = N
     if function == "softmax":
         return [
             [{"label": label, "score": score} for label, score in list(prediction.scores.items())[:top_k]]
-            for prediction in scored.predictions
+            for prediction in answer.predictions
         ]
-    values = scored.logits.astype(np.float64)
+    values = answer.logits.astype(np.float64)
     if function == "sigmoid":
         values = 1 / (1 + np.exp(-values))
-    order = np.argsort(-scored.logits, axis=1, kind="stable")[:, :top_k]
+    order = np.argsort(-answer.logits, axis=1, kind="stable")[:, :top_k]
     return [
-        [{"label": scored.labels[i], "score": float(row[i])} for i in places]
+        [{"label": answer.labels[i], "score": float(row[i])} for i in places]
         for row, places in zip(values, order, strict=True)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from emoray.http.errors import unavailable
 from emoray.http.exchange import Exchange, Reply
-from emoray.http.service import Scored, Service
+from emoray.http.service import Answer, Service
 from emoray.serve_config import ServeConfig
 
 
@@ -22,7 +22,7 @@ class Endpoint:
 
     async def classify(
         self, exchange: Exchange, texts: Sequence[str], truncate: bool = True, explain: bool = False
-    ) -> Scored:
+    ) -> Answer:
         """What the model says of a request's texts, within the request's limits; which model is noted for its log."""
         exchange.need_texts(texts)
         work = self.service.classify(texts, exchange.deadline, truncate=truncate, explain=explain)

@@ -16,7 +16,7 @@ State = Literal["starting", "ready", "stopping", "failed"]
 
 
 @dataclass(frozen=True)
-class Scored:
+class Answer:
     """One model's say on the texts of one request.
 
     Attributes:
@@ -71,7 +71,7 @@ class Service(Protocol):
 
     async def classify(
         self, texts: Sequence[str], deadline: float, truncate: bool = True, explain: bool = False
-    ) -> Scored:
+    ) -> Answer:
         """Score a request's texts.
 
         Args:

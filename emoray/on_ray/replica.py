@@ -16,7 +16,7 @@ from emoray.http.candidate import Candidate, Model
 from emoray.http.errors import busy
 from emoray.http.local import LocalModel, reason
 from emoray.http.metrics import Metrics
-from emoray.http.service import Identity, Scored, State
+from emoray.http.service import Answer, Identity, State
 from emoray.on_ray import shares
 from emoray.on_ray.board import Board, Change, judge, wish
 from emoray.serve_config import GateConfig, ServeConfig
@@ -82,13 +82,13 @@ class ReplicaService:
 
     async def classify(
         self, texts: Sequence[str], deadline: float, truncate: bool = True, explain: bool = False
-    ) -> Scored:
+    ) -> Answer:
         ready = sum(peer["state"] == "ready" for peer in self._peers.values())
         if self._elsewhere is None or ready < 2 or len(texts) < 2 * shares.LEAST or not truncate or explain:
             return await self._local.classify(texts, deadline, truncate, explain)
         return await shares.classify(texts, deadline, ready, self.classify_here, self._elsewhere)
 
-    async def classify_here(self, texts: Sequence[str], deadline: float) -> Scored:
+    async def classify_here(self, texts: Sequence[str], deadline: float) -> Answer:
         """As `classify`, by this replica alone."""
         return await self._local.classify(texts, deadline)
 

@@ -21,7 +21,7 @@ from emoray.http import keys as api_keys
 from emoray.http.app import App, access_log, make_app
 from emoray.http.errors import unavailable
 from emoray.http.keys import Keys
-from emoray.http.service import Scored
+from emoray.http.service import Answer
 from emoray.on_ray import cluster, direct_ingress
 from emoray.on_ray.autoscaling import BUSY, QUEUED
 from emoray.on_ray.board import open_board
@@ -112,21 +112,21 @@ class Replica:
         await self._service.start()
         await self._service.until_up()  # what can't serve yet must not be given requests
 
-    async def share(self, texts: list[str], seconds: float, sender: str) -> Scored | None:
+    async def share(self, texts: list[str], seconds: float, sender: str) -> Answer | None:
         """Texts of a request that another replica has (see `emoray.on_ray.shares`); None where that is this one."""
         if sender == self._name:
             return None
         assert self._service is not None
         return await self._service.classify_here(texts, time.monotonic() + seconds)
 
-    async def _elsewhere(self, texts: Sequence[str], seconds: float) -> Scored:
+    async def _elsewhere(self, texts: Sequence[str], seconds: float) -> Answer:
         if self._others is None:
             context = serve.get_replica_context()
             self._others = serve.get_deployment_handle(context.deployment, context.app_name)
         for _ in range(_ASKED):  # Ray Serve may choose this very replica
-            scored: Scored | None = await self._others.share.remote(list(texts), seconds, self._name)
-            if scored is not None:
-                return scored
+            answer: Answer | None = await self._others.share.remote(list(texts), seconds, self._name)
+            if answer is not None:
+                return answer
         raise unavailable("no other replica was found")
 
     async def check_health(self) -> None:

@@ -10,15 +10,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from emoray.http.service import Scored
+from emoray.http.service import Answer
 
 LEAST = 128
 """Texts of a share, at least: below, sending them costs more than it spares."""
 _log = logging.getLogger("emoray.http")
 
-Here = Callable[[Sequence[str], float], Awaitable[Scored]]
+Here = Callable[[Sequence[str], float], Awaitable[Answer]]
 """(texts, deadline) -> scored by this replica."""
-Elsewhere = Callable[[Sequence[str], float], Awaitable[Scored]]
+Elsewhere = Callable[[Sequence[str], float], Awaitable[Answer]]
 """(texts, seconds left) -> scored by another replica."""
 
 
@@ -36,7 +36,7 @@ def shares(texts: Sequence[str], replicas: int) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in pairwise(bounds)]
 
 
-async def classify(texts: Sequence[str], deadline: float, replicas: int, here: Here, elsewhere: Elsewhere) -> Scored:
+async def classify(texts: Sequence[str], deadline: float, replicas: int, here: Here, elsewhere: Elsewhere) -> Answer:
     """Score texts on this replica and others. What another one can't, or did with another model, is computed here."""
     parts = shares(texts, replicas)
     sent = [asyncio.ensure_future(elsewhere(texts[part], deadline - time.monotonic())) for part in parts[1:]]
@@ -60,4 +60,4 @@ async def classify(texts: Sequence[str], deadline: float, replicas: int, here: H
         return await here(texts, deadline)
     predictions = [prediction for scored in found for prediction in scored.predictions]
     logits = np.concatenate([scored.logits for scored in found])
-    return Scored(found[0].model, found[0].labels, predictions, logits)
+    return Answer(found[0].model, found[0].labels, predictions, logits)

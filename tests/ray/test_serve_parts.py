@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from emoray.classifier import locate_model
-from emoray.http.service import Scored
+from emoray.http.service import Answer
 from emoray.on_ray import direct_ingress, haproxy, serve_command, shares
 from emoray.on_ray.autoscaling import BUSY, QUEUED, ByQueuedTokens
 from emoray.on_ray.board import judge
@@ -373,15 +373,15 @@ def test_a_large_request_is_shared_among_replicas() -> None:
 def test_shares_come_back_as_one_answer_whatever_happens_elsewhere(other: str) -> None:
     here_texts: list[str] = []
 
-    def scored(texts: Any, model: str) -> Scored:
+    def scored(texts: Any, model: str) -> Answer:
         predictions = [Prediction(text, 1.0, {text: 1.0}, False, 3) for text in texts]
-        return Scored(model, ("a",), predictions, np.array([[float(text)] for text in texts], np.float32))
+        return Answer(model, ("a",), predictions, np.array([[float(text)] for text in texts], np.float32))
 
-    async def here(texts: Any, deadline: float) -> Scored:
+    async def here(texts: Any, deadline: float) -> Answer:
         here_texts.extend(texts)
         return scored(texts, "m@1")
 
-    async def elsewhere(texts: Any, seconds: float) -> Scored:
+    async def elsewhere(texts: Any, seconds: float) -> Answer:
         if other == "dead":
             raise RuntimeError("the actor died")
         return scored(texts, "m@1" if other == "same" else "m@2")

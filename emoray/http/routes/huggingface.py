@@ -10,9 +10,9 @@ from emoray.http.schemas import HuggingFaceParameters, HuggingFaceRequest, Label
 
 async def infer(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(HuggingFaceRequest)
-    scored = await endpoint.classify(exchange, request.inputs)
+    answer = await endpoint.classify(exchange, request.inputs)
     parameters = request.parameters or HuggingFaceParameters()
-    return reply(ranked(scored, parameters.function_to_apply or "softmax", parameters.top_k))
+    return reply(ranked(answer, parameters.function_to_apply or "softmax", parameters.top_k))
 
 
 ROUTES = (

@@ -18,15 +18,15 @@ _ANY = (None, "", "default/not-specified")
 async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(InfinityRequest)
     _need_model(request.model, endpoint.service)
-    scored = await endpoint.classify(exchange, request.input)
-    tokens = sum(prediction.tokens for prediction in scored.predictions)
+    answer = await endpoint.classify(exchange, request.input)
+    tokens = sum(prediction.tokens for prediction in answer.predictions)
     return reply(
         {
             "object": "classify",
             "id": exchange.request_id,
             "created": int(time.time()),
-            "model": scored.model,
-            "data": ranked(scored, "none" if request.raw_scores else "softmax"),
+            "model": answer.model,
+            "data": ranked(answer, "none" if request.raw_scores else "softmax"),
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
     )

@@ -25,7 +25,7 @@ from emoray.http.schemas import (
     V2Response,
     V2ServerMetadata,
 )
-from emoray.http.service import Identity, Scored
+from emoray.http.service import Answer, Identity
 
 _OUTPUTS = ("label", "scores")
 
@@ -37,8 +37,8 @@ async def infer(exchange: Exchange, endpoint: Endpoint) -> Reply:
     wanted = _wanted(request)
     _need_model(exchange, endpoint)
     texts = _texts(request, binary)
-    scored = await endpoint.classify(exchange, texts)
-    return _answer(request, scored, wanted)
+    answer = await endpoint.classify(exchange, texts)
+    return _answer(request, answer, wanted)
 
 
 def _wanted(request: V2Request) -> list[tuple[str, bool]]:
@@ -90,19 +90,19 @@ def _texts(request: V2Request, binary: bytes) -> list[str]:
     return texts
 
 
-def _answer(request: V2Request, scored: Scored, wanted: list[tuple[str, bool]]) -> Reply:
-    name, _, version = scored.model.rpartition("@")
+def _answer(request: V2Request, answer: Answer, wanted: list[tuple[str, bool]]) -> Reply:
+    name, _, version = answer.model.rpartition("@")
     content: dict[str, Any] = {
         "model_name": name,
         "model_version": version,
-        "parameters": {"labels": scored.labels},
+        "parameters": {"labels": answer.labels},
         "outputs": [],
     }
     if request.id is not None:
         content["id"] = request.id
     tail = b""
     for output, binary in wanted:
-        tensor, data = _tensor(output, scored, binary)
+        tensor, data = _tensor(output, answer, binary)
         content["outputs"].append(tensor)
         tail += data
     if not any(binary for _, binary in wanted):
@@ -112,17 +112,17 @@ def _answer(request: V2Request, scored: Scored, wanted: list[tuple[str, bool]]) 
     return Reply(header + tail, content_type=v2_binary.OCTETS, headers=(length,))
 
 
-def _tensor(output: str, scored: Scored, binary: bool) -> tuple[dict[str, Any], bytes]:
+def _tensor(output: str, answer: Answer, binary: bool) -> tuple[dict[str, Any], bytes]:
     """One output: its JSON, and its bytes in the binary form."""
-    rows = len(scored.predictions)
+    rows = len(answer.predictions)
     if output == "label":
-        labels = [prediction.label for prediction in scored.predictions]
+        labels = [prediction.label for prediction in answer.predictions]
         tensor = {"name": output, "datatype": "BYTES", "shape": [rows]}
         data = v2_binary.pack(labels) if binary else b""
         values: list[Any] = labels
     else:
-        scores = np.array([[p.scores[label] for label in scored.labels] for p in scored.predictions], "<f4")
-        tensor = {"name": output, "datatype": "FP32", "shape": [rows, len(scored.labels)]}
+        scores = np.array([[p.scores[label] for label in answer.labels] for p in answer.predictions], "<f4")
+        tensor = {"name": output, "datatype": "FP32", "shape": [rows, len(answer.labels)]}
         data = scores.tobytes() if binary else b""
         values = scores.ravel().tolist() if not binary else []
     if binary:

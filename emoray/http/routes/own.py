@@ -12,7 +12,7 @@ from emoray.http.schemas import ClassifyRequest, ClassifyResponse, ModelRequest,
 
 async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(ClassifyRequest)
-    scored = await endpoint.classify(exchange, request.texts, request.truncate, request.explain)
+    answer = await endpoint.classify(exchange, request.texts, request.truncate, request.explain)
     predictions: list[dict[str, Any]] = [
         {
             "label": prediction.label,
@@ -21,12 +21,12 @@ async def classify(exchange: Exchange, endpoint: Endpoint) -> Reply:
             "truncated": prediction.truncated,
             "tokens": prediction.tokens,
         }
-        for prediction in scored.predictions
+        for prediction in answer.predictions
     ]
     if request.explain:
-        for body, explanation in zip(predictions, scored.explanations, strict=True):
+        for body, explanation in zip(predictions, answer.explanations, strict=True):
             body["words"] = [asdict(word) for word in explanation.words]
-    return reply({"model": scored.model, "predictions": predictions})
+    return reply({"model": answer.model, "predictions": predictions})
 
 
 async def change_model(exchange: Exchange, endpoint: Endpoint) -> Reply:

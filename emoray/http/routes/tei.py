@@ -10,8 +10,8 @@ from emoray.http.schemas import LabelScore, TeiRequest
 
 async def predict(exchange: Exchange, endpoint: Endpoint) -> Reply:
     request = await exchange.json(TeiRequest)
-    scored = await endpoint.classify(exchange, request.inputs.texts, truncate=request.truncate is not False)
-    lists = ranked(scored, "none" if request.raw_scores else "softmax")
+    answer = await endpoint.classify(exchange, request.inputs.texts, truncate=request.truncate is not False)
+    lists = ranked(answer, "none" if request.raw_scores else "softmax")
     return reply(lists[0] if request.inputs.single else lists)
 
 
