@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from emoray.errors import CheckpointError, StorageError
-from emoray.storage import Storage
+from emoray.storage import Storage, may_pass
 
 MANIFEST = "manifest.json"
 FACTS = "emoray.json"
@@ -65,7 +65,7 @@ def write(run: Storage, name: str, fill: Callable[[Path], None], may_write: Call
             run.sync(stage)  # takes seconds, after which `may_write` is asked
         except (OSError, SafetensorError, StorageError) as error:
             may_write()  # a newer attempt sweeps away what is half written: that is not the disk's fault
-            passing = error.passing if isinstance(error, StorageError) else False
+            passing = error.passing if isinstance(error, StorageError) else may_pass(error)
             raise StorageError(f"{run.location}/{name}: can't be written: {error}", passing) from error
         may_write()
         run.publish(stage, name, last=MANIFEST)

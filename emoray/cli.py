@@ -527,31 +527,26 @@ def _fail(message: str) -> None:
     fail(message)
 
 
-_TAKE_OVERRIDES = ("train", "tune", "show", "check-data", "doctor")
-
-
-def _refuse_keys_as_options(arguments: list[str]) -> None:
-    """Raises EmorayError for `--learning-rate 3e-5`, as other trainers have it."""
+def _refuse_keys_as_options(command: str, arguments: list[str]) -> None:
+    """Raises EmorayError for `--training.seed=3` and `--learning-rate 3e-5`, as other trainers have it."""
     for argument in arguments:
-        name = argument[2:].partition("=")[0].replace("-", "_")
-        if argument.startswith("--") and name not in ("json", "label_errors", "help"):
+        name, _, value = argument[2:].partition("=")
+        if not argument.startswith("--") or name in ("json", "label-errors", "help"):
+            continue
+        keys = [name] if re.fullmatch(r"[a-z]+(\.[a-z_]+)+", name) else []
+        if not keys and command in ("train", "tune", "show", "check-data", "doctor"):
             from emoray.config import TrainConfig
             from emoray.config_files import flatten
 
-            keys = [key for key in flatten(TrainConfig().model_dump()) if key.endswith(f".{name}")]
-            if keys:
-                value = argument.partition("=")[2] or "VALUE"
-                raise EmorayError(f"{argument}: config keys are no options: write {keys[0]}={value}")
+            keys = [key for key in flatten(TrainConfig().model_dump()) if key.endswith(f".{name.replace('-', '_')}")]
+        if keys:
+            raise EmorayError(f"{argument}: config keys have no dashes: write {keys[0]}={value or 'VALUE'}")
 
 
 def main() -> None:
     """Entry point of the `emoray` command."""
     with _mendable_errors():
-        for argument in sys.argv[1:]:
-            if re.match(r"--[a-z]+\.[a-z_.]+=", argument):  # as other trainers have it; typer only says no such option
-                raise EmorayError(f"{argument}: overrides have no dashes: write {argument.lstrip('-')}")
-        if sys.argv[1:2] and sys.argv[1] in _TAKE_OVERRIDES:
-            _refuse_keys_as_options(sys.argv[2:])
+        _refuse_keys_as_options("".join(sys.argv[1:2]), sys.argv[2:])
         app(prog_name="emoray")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from emoray.config_files import Fraction, Number, PositiveInt, Section, Switch, flatten, load_as, read_yaml, validate
+from emoray.config_files import Fraction, Number, PositiveInt, Section, Switch, flatten, load_as, validate
 from emoray.errors import ConfigError
 
 BestMetric = Literal["f1", "macro_f1", "accuracy", "loss"]
@@ -242,11 +242,13 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: with every problem found.
     """
-    if path is not None and "search" in read_yaml(path):
-        raise ConfigError(
-            str(path), ["is a sweep's config: give it to `emoray tune`, or here the config that it names as base"]
-        )
-    return load_as(TrainConfig, path, overrides)
+    try:
+        return load_as(TrainConfig, path, overrides)
+    except ConfigError as error:
+        if any(problem.startswith("search: unknown section") for problem in error.problems):
+            remedy = "give it to `emoray tune`, or here the config that it names as base"
+            raise ConfigError(error.subject, [f"is a sweep's config: {remedy}"]) from None
+        raise
 
 
 def parse(tree: Mapping[str, Any], subject: str = "config") -> TrainConfig:

@@ -116,9 +116,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: it can't be read, or is not YAML with sections.
     """
-    if Path(path).suffix not in (".yaml", ".yml"):
+    if Path(path).is_dir() or Path(path).suffix in (".csv", ".tsv", ".jsonl", ".parquet", ".txt"):
         remedy = f"give one, e.g. configs/emotion.yaml; data goes into an override, data.dataset={path}"
-        raise ConfigError(str(path), [f"is not a config, whose name ends in .yaml: {remedy}"])
+        raise ConfigError(str(path), [f"is no config, but data or a folder: {remedy}"])
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:

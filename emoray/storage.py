@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -58,11 +59,17 @@ def split_name(location: str) -> tuple[str, str]:
     return (folder or "/") + options, name
 
 
-def may_pass(error: OSError, remote: bool = False) -> bool:
-    """Whether a failed operation may succeed a moment later. Object stores name no errno, but a reason in capitals."""
-    if remote and error.errno is None:
+def may_pass(error: Exception, remote: bool = False) -> bool:
+    """Whether a failed operation may succeed a moment later.
+
+    safetensors names the errno in its words alone; object stores name none, but a reason in capitals.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (named := re.search(r"os error (\d+)", str(error))):
+        number = int(named[1])
+    if remote and number is None:
         return not any(reason in str(error) for reason in _LASTING)
-    return error.errno in _PASSING
+    return number in _PASSING
 
 
 class Storage:

@@ -89,12 +89,12 @@ def wrong_in_file_and_override(place: Place) -> Command:
     return place.train("lr=3e-5", config="training: {learning_rte: 0.1}")
 
 
-@bad("--training.seed=3: overrides have no dashes: write training.seed=3")
+@bad("--training.seed=3: config keys have no dashes: write training.seed=3")
 def override_with_dashes(place: Place) -> Command:
     return place.train("--training.seed=3")
 
 
-@bad("--learning-rate: config keys are no options: write training.learning_rate=VALUE")
+@bad("--learning-rate: config keys have no dashes: write training.learning_rate=VALUE")
 def key_as_an_option(place: Place) -> Command:
     return [*place.train(), "--learning-rate", "3e-5"]
 
@@ -106,7 +106,7 @@ def sweep_s_config_to_train(place: Place) -> Command:
     return ["train", str(path)]
 
 
-@bad("is not a config, whose name ends in .yaml", "data.dataset=")
+@bad("is no config, but data or a folder", "data.dataset=")
 def data_instead_of_a_config(place: Place) -> Command:
     return ["train", str(place.data)]
 
@@ -184,7 +184,7 @@ def missing_config(place: Place) -> Command:
     return [command[0], command[1].replace("config", "confg"), *command[2:]]
 
 
-@bad("is not a config, whose name ends in .yaml")
+@bad("is no config, but data or a folder")
 def folder_for_a_config(place: Place) -> Command:
     return ["train", str(place.folder)]
 

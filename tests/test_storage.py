@@ -72,6 +72,7 @@ def test_without_hard_links_a_new_file_is_still_written_once(tmp_path: Path, mon
 
 def test_errors_that_may_pass_are_known_from_those_that_stay() -> None:
     assert may_pass(OSError(errno.ESTALE, "stale")) and not may_pass(OSError(errno.ENOSPC, "full"))
+    assert may_pass(ValueError("I/O error: Stale file handle (os error 116)")) and not may_pass(ValueError("full"))
     assert may_pass(OSError("AWS Error NETWORK_CONNECTION during PutObject"), remote=True)
     assert not may_pass(OSError("AWS Error ACCESS_DENIED during PutObject"), remote=True)
     assert pickle.loads(pickle.dumps(StorageError("x", passing=True))).passing
