@@ -53,12 +53,17 @@ class Dataset:
     splits: dict[str, Split]
     fingerprint: str
     """sha256 over the label names and every split's texts and label ids, whatever the file format."""
-    warnings: list[str]
-    """One sentence each, with counts; those on splits that were cut out of train are `notes` too."""
+    notes: list[str]
+    """What was done to it, one sentence each: the splits that were cut out of train."""
+    doubts: list[str]
+    """What a person should look at, one sentence each, with counts."""
     source: str
     """`data.dataset` as configured."""
-    notes: tuple[str, ...] = ()
-    """Warnings of which nobody need do anything."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Both, as reports and model cards have them."""
+        return [*self.notes, *self.doubts]
 
 
 def load(config: DataConfig) -> Dataset:
@@ -95,8 +100,8 @@ def load(config: DataConfig) -> Dataset:
     if problems:
         raise DataError(config.dataset, problems)
     splits = {name: splits[name] for name in SPLITS}
-    warnings = [*source.warnings, *cut, *_doubts(splits)]
-    return Dataset(labels, splits, _fingerprint(labels, splits), warnings, config.dataset, tuple(cut))
+    doubts = [*source.warnings, *_doubts(splits)]
+    return Dataset(labels, splits, _fingerprint(labels, splits), cut, doubts, config.dataset)
 
 
 def load_split(config: DataConfig, name: str) -> Split:

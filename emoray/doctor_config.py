@@ -102,10 +102,9 @@ def dataset(case: Case) -> Iterator[Finding]:
         return
     rows = ", ".join(f"{len(split.texts):,} {name}" for name, split in case.dataset.splits.items())
     found = f"{case.dataset.source}: {rows}; {len(case.dataset.labels)} labels"
-    doubts = [warning for warning in case.dataset.warnings if warning not in case.dataset.notes]
-    if doubts:
+    if case.dataset.doubts:
         remedy = "have a look at these rows; training takes them as they are"
-        yield warning("data", f"{found}. {' '.join(doubts)}", remedy)
+        yield warning("data", f"{found}. {' '.join(case.dataset.doubts)}", remedy)
     else:
         yield ok("data", ". ".join([found, *(note.rstrip(".") for note in case.dataset.notes)]))
 
